@@ -1,0 +1,32 @@
+"""A task: what the agent is asked, what lies in its work folder, and the script that decides the reward."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one episode of a task may take. Times in seconds, sizes in MiB."""
+
+    command_seconds: float = 2.0  # one command
+    agent_seconds: float = 60.0  # all turns together
+    verifier_seconds: float = 5.0
+    memory_mb: int = 256  # address space of one process
+    work_mb: int = 16  # the work folder
+    processes: int = 32  # alive at one time
+
+
+@dataclass(frozen=True)
+class Task:
+    """`verify` and `solution` are bash scripts; both run in the work folder.
+
+    files: path relative to the work folder -> content. tools: name -> executable on PATH, read-only to the agent.
+    verify exits with 0 for reward 1 and with 1 for reward 0; any other exit is an error of the infrastructure.
+    """
+
+    name: str
+    instruction: str
+    verify: str
+    solution: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    tools: dict[str, bytes] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)

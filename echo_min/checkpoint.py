@@ -1,0 +1,78 @@
+"""Save and resume. A checkpoint is a folder in Hugging Face format plus the optimizer's state and the step.
+
+All randomness is keyed by (seed, step, ...), so weights, optimizer and step are the whole state of a run.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from echo_min.config import Config
+from echo_min.policy import load_policy
+
+
+def publish(model, tokenizer, folder: Path, config: Config, **extra) -> None:
+    """Write the policy to `folder`, which appears complete or not at all, with the Config it was made under.
+    extra: name -> object, saved as name.pt."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    config.save(new / "echo_min.json")
+    for name, state in extra.items():
+        torch.save(state, new / f"{name}.pt")
+    for file in new.iterdir():  # on disk before the rename that makes it the truth
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(new, folder)
+
+
+def save(arm: Path, step: int, model, tokenizer, optimizer, config: Config) -> None:
+    """Checkpoint after `step` completed steps; the one before is removed only when the new one is whole."""
+    folder = arm / f"step-{step:06d}"
+    publish(model, tokenizer, folder, config, optimizer=optimizer.state_dict())
+    for old in arm.glob("step-*"):
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def latest(arm: Path) -> tuple[int, Path] | None:
+    """-> (completed steps, folder) of the newest whole checkpoint of an arm, if there is one."""
+    folders = [f for f in arm.glob("step-*") if f.suffix != ".tmp"]
+    return max(((int(f.name[5:]), f) for f in folders), default=None)
+
+
+def restore(folder: Path, device: str, make_optimizer):
+    """-> (model, tokenizer, optimizer) as they were saved."""
+    model, tokenizer = load_policy(folder, device)
+    optimizer = make_optimizer(model)
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
+    return model, tokenizer, optimizer
+
+
+def truncate_metrics(path: Path, keep) -> None:
+    """Drop the lines of metrics.jsonl for which keep(line as a dict) is false, and a last line cut short by a kill.
+
+    Raises ValueError naming any other line that is not JSON.
+    """
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: not JSON; mend or remove that line, then resume") from None
+        if keep(record):
+            kept.append(line if line.endswith("\n") else line + "\n")
+    new = path.with_suffix(".tmp")
+    new.write_text("".join(kept))
+    os.replace(new, path)

@@ -1,0 +1,142 @@
+"""Every setting in one place. Each field is a flag of train.py: `--field value`."""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+
+def _f(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    # run
+    name: str = _f("tiny", "run folder under runs/")
+    seed: int = _f(1, "seed of the base, the task order and every rollout")
+    arms: str = _f("grpo,echo", "trained one after the other from the same base, tasks and seeds: grpo, echo, placebo")
+    device: str = _f("auto", "torch device; auto is cuda if there is one")
+    threads: int = _f(0, "torch CPU threads; 0 leaves torch's choice")
+
+    # tasks and terminal
+    tasks: str = _f("world:tool", "world:NAME, or a folder of Harbor tasks")
+    backend: str = _f("sandbox", "sandbox (bubblewrap) or docker")
+    terminals: int = _f(64, "terminals in use at one time")
+    max_turns: int = _f(3, "commands per episode")
+    max_action_tokens: int = _f(12, "tokens per reply")
+    output_chars: int = _f(160, "characters of a command's output that the policy sees")
+    context: int = _f(192, "tokens per episode, prompt included")
+
+    # policy
+    model: str = _f("tiny", "tiny (from scratch), or a Hugging Face causal LM by name or folder")
+    base_demonstrations: int = _f(1500, "weak demonstrations recorded for the base policy")
+    base_steps: int = _f(300, "supervised steps that make the base policy; 0 skips them")
+    base_batch: int = _f(64, "demonstrations per supervised step")
+    base_learning_rate: float = _f(2e-3, "peak learning rate of the supervised stage")
+    base_observation_weight: float = _f(0.3, "weight of the observation CE in the supervised stage")
+
+    # rollouts
+    steps: int = _f(200, "RL steps per arm")
+    tasks_per_step: int = _f(8, "tasks (groups) per step")
+    group_size: int = _f(8, "rollouts per task")
+    temperature: float = _f(1.0, "sampling temperature; the policy loss scores at the same one")
+
+    # objective
+    env_weight: float = _f(0.05, "lambda: weight of the observation CE in the arms echo and placebo")
+    observation_temperature: float = _f(1.0, "temperature of the observation CE; the released code: the sampler's")
+    observation_norm: str = _f("observation", "observation 1/(B|O|), selected 1/(B|O'|), global 1/sum|O'|")
+    policy_norm: str = _f("sequence", "sequence 1/(B|A|), token: one mean over a group's tokens")
+    warnings_as_targets: bool = _f(False, "predict the harness's warnings too")
+    clip_low: float = _f(0.2, "policy ratio is clipped below 1 - this")
+    clip_high: float = _f(0.28, "policy ratio is clipped above 1 + this")
+
+    # optimizer
+    learning_rate: float = _f(6e-4, "AdamW, constant after the warm-up")
+    warmup_steps: int = _f(0, "steps of linear warm-up")
+    beta1: float = _f(0.9, "AdamW")
+    beta2: float = _f(0.95, "AdamW")
+    weight_decay: float = _f(0.01, "AdamW")
+    grad_clip: float = _f(1.0, "largest gradient norm")
+    micro_batch_tokens: int = _f(16384, "padded tokens per forward pass of the update")
+
+    # evaluation
+    eval_every: int = _f(25, "steps between evaluations on held-out tasks")
+    eval_tasks: int = _f(200, "held-out tasks per evaluation, one sampled and one greedy rollout each")
+    save_every: int = _f(25, "steps between checkpoints")
+
+    def __post_init__(self):
+        """Raises ValueError naming the field."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if type(value) is int and f.type is float:
+                setattr(self, f.name, value := float(value))
+            if type(value) is not f.type:
+                raise ValueError(f"{f.name}: expected {f.type.__name__}, got {value!r}")
+        may_be_zero = {"seed", "threads", "base_steps", "base_observation_weight", "env_weight", "warmup_steps",
+                       "weight_decay", "beta1", "beta2", "clip_low", "clip_high", "steps"}  # fmt: skip
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type in (int, float) and not (value > 0 or (value == 0 and f.name in may_be_zero)):
+                raise ValueError(f"{f.name}: {value} is too small (or not a number)")
+        allowed = {
+            "backend": {"sandbox", "docker"},
+            "observation_norm": {"observation", "selected", "global"},
+            "policy_norm": {"sequence", "token"},
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(sorted(values))}")
+        if unknown := set(self.arms.split(",")) - {"grpo", "echo", "placebo"}:
+            raise ValueError(f"arms: {', '.join(sorted(unknown))} is not one of grpo, echo, placebo")
+        if not (self.beta1 < 1 and self.beta2 < 1 and self.clip_low < 1):
+            raise ValueError("beta1, beta2 and clip_low must be below 1")
+        if "/" in self.name or self.name in ("", ".", ".."):
+            raise ValueError(f"name: {self.name!r} is not a plain folder name")
+
+    @property
+    def folder(self) -> Path:
+        return Path("runs") / self.name
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Config":
+        """Raises ValueError if the file is not a Config of this version."""
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path}: not a config of this version ({error})") from None
+
+
+PRESETS = {"tiny": {}}
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[Config, Path | None]:
+    """-> (config, the run folder to resume or None). A wrong flag or value ends the program with one line."""
+    parser = argparse.ArgumentParser(description="Train a terminal agent with GRPO and ECHO.", allow_abbrev=False)
+    parser.add_argument("--preset", default="tiny", choices=PRESETS, help="starting values of all fields below")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue runs/NAME from its last checkpoint")
+    for f in fields(Config):
+        kind = _boolean if f.type is bool else f.type
+        parser.add_argument(f"--{f.name}", type=kind, default=argparse.SUPPRESS, metavar=f.type.__name__.upper(),
+                            help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"))  # fmt: skip
+    given = vars(parser.parse_args(argv))
+    preset, resume = given.pop("preset"), given.pop("resume")
+    try:
+        if resume is None:
+            return Config(**PRESETS[preset] | given), None
+        if given:
+            raise ValueError(f"--resume takes its settings from the run; remove --{' --'.join(given)}")
+        if not (resume / "config.json").is_file():
+            raise ValueError(f"--resume: {resume} holds no config.json; it is not a run folder")
+        return Config.load(resume / "config.json"), resume
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"

@@ -1,0 +1,99 @@
+"""The policy: a causal language model and its tokenizer, made from scratch or loaded in Hugging Face format."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from echo_min.harness import END, MARKERS
+from kernels.segment_logprob import dual_segment_logprobs
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on the given texts: frequent words are one token, any other byte string has tokens too,
+    and decoding gives the text back exactly."""
+    tokenizer = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(MARKERS), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHATML,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
+    """Qwen3's architecture with two layers, from random weights."""
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=32,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def load_policy(name: str | Path, device: str = "cpu"):
+    """-> (model, tokenizer) from a checkpoint folder or a Hugging Face name. Raises ValueError saying what is wrong."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{name}: neither a checkpoint folder nor a model that can be fetched ({reason})") from None
+    missing = [m for m in (END, "<|im_start|>") if tokenizer.convert_tokens_to_ids(m) in (None, tokenizer.unk_token_id)]
+    if missing:
+        raise ValueError(f"{name}: its tokenizer has no {' '.join(missing)}; only ChatML models are supported")
+    return model.to(device), tokenizer
+
+
+def marker_ids(tokenizer) -> dict[int, str]:
+    """The ids at which a reply stops, and their text."""
+    ids = {tokenizer.convert_tokens_to_ids(marker): marker for marker in MARKERS}
+    return {i: marker for i, marker in ids.items() if i is not None and i != tokenizer.unk_token_id}
+
+
+def segment_logprobs(
+    model,
+    ids: torch.Tensor,
+    targets: torch.Tensor,
+    action_mask: torch.Tensor,
+    observation_mask: torch.Tensor,
+    action_temperature: float = 1.0,
+    observation_temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward pass. ids, targets, masks [B, T] -> logprobs of the targets: (action[Na], observation[No]) float32.
+
+    targets is ids, except in a placebo. Padding must be on the right.
+    """
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, d]
+    head = model.get_output_embeddings().weight
+    return dual_segment_logprobs(
+        hidden, head, targets, action_mask, observation_mask, action_temperature, observation_temperature
+    )

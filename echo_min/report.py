@@ -1,0 +1,109 @@
+"""What a run leaves to look at: metrics.jsonl, a progress bar, curves.png, transcripts in text and colour."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first: there may be no screen)
+
+from echo_min.masking import Role, Transcript  # noqa: E402
+
+COLOURS = {"grpo": "#777777", "echo": "#d1495b", "placebo": "#3d6c9e"}
+
+
+def log(path: Path, record: dict) -> None:
+    """Append one JSON line, whole or not at all."""
+    with open(path, "a") as file:
+        file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def mean_interval(values: list[float]) -> tuple[float, float]:
+    """-> (mean, half-width of its 95 % interval, Student's t). One value has no interval: (value, nan)."""
+    t95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+    n = len(values)
+    mean = sum(values) / n
+    if n == 1:
+        return mean, float("nan")
+    variance = sum((v - mean) ** 2 for v in values) / (n - 1)
+    return mean, t95.get(n - 1, 1.96) * (variance / n) ** 0.5
+
+
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """95 % interval of a pass rate from n independent trials (Wilson score)."""
+    z, p = 1.96, successes / n
+    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+def draw_curves(records: list[dict], path: Path) -> None:
+    """Pass rate on held-out tasks and observation CE over steps, one line an arm."""
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    arms = list(dict.fromkeys(r["arm"] for r in records))
+    for arm in arms:
+        evals = [r for r in records if r["arm"] == arm and "pass_rate" in r]
+        steps = [r["step"] for r in evals]
+        colour = COLOURS[arm]
+        axes[0].plot(steps, [r["pass_rate"] for r in evals], color=colour, label=f"{arm}, sampled")
+        axes[0].plot(steps, [r["pass_rate_greedy"] for r in evals], color=colour, ls=":", label=f"{arm}, greedy")
+        axes[1].plot(steps, [r["expert_ce"] for r in evals], color=colour, label=arm)
+    axes[0].set(xlabel="step", ylabel="pass rate, held-out tasks", ylim=(0, 1.02))
+    axes[1].set(xlabel="step", ylabel="observation CE, expert's episodes (nats/token)", ylim=(0, None))
+    for ax in axes:
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=8)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def collapse_alarm(history: list[dict], window: int = 20) -> str | None:
+    """A warning when observation CE and command diversity have both fallen by a third over `window` steps while the
+    reward has not risen: the policy may be choosing commands whose output is trivial to predict (paper, section 4)."""
+    if len(history) < 2 * window:
+        return None
+    before, now = history[-2 * window : -window], history[-window:]
+
+    def mean(records: list[dict], key: str) -> float:
+        return sum(r[key] for r in records) / len(records)
+
+    fell = all(mean(now, key) < 2 / 3 * mean(before, key) for key in ("observation_ce", "command_diversity"))
+    if fell and mean(now, "reward") <= mean(before, "reward"):
+        return "observation CE and command diversity fall together while reward does not rise: collapse?"
+
+
+def tokens_with_surprise(tokenizer, transcript: Transcript, surprise: dict[int, float]) -> list[tuple[str, Role, float]]:
+    """-> (text, role, nats or 0) for each token."""
+    return [
+        (tokenizer.decode([i]), Role(role), surprise.get(t, 0.0))
+        for t, (i, role) in enumerate(zip(transcript.ids, transcript.roles, strict=True))
+    ]
+
+
+def ansi(tokens: list[tuple[str, Role, float]]) -> str:
+    """A transcript for a terminal: actions bold, scaffold dim, observation tokens on red, deeper for more surprise."""
+    out = []
+    for text, role, nats in tokens:
+        style = {Role.ACTION: "1;36", Role.WARNING: "33", Role.SCAFFOLD: "2"}.get(role, "0")
+        if role is Role.OBSERVATION:
+            r = min(1.0, nats / 5)
+            style = f"48;2;{90 + int(165 * r)};{int(90 * (1 - r))};{int(90 * (1 - r))};38;2;255;255;255"
+            text = text.replace("\n", "⏎")
+        out.append(f"\x1b[{style}m{text}\x1b[0m")
+    return "".join(out)
+
+
+def write_transcripts(path: Path, tokenizer, episodes: list) -> None:
+    """Plain text, one episode after the other, with the reward and what ended it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = [
+        f"=== {e.task.name}: reward {e.reward:g}, {e.stop}, {e.turns} turns {e.error}\n"
+        f"{tokenizer.decode(e.transcript.ids)}\n"
+        for e in episodes
+    ]
+    path.write_text("\n".join(parts))

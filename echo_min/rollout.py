@@ -1,0 +1,174 @@
+"""Rollouts: a policy and a terminal take turns until an episode stops; then the task's verifier gives the reward."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+
+from echo_min import harness
+from echo_min.config import Config
+from echo_min.masking import Role, Segment, Transcript, encode
+from echo_min.policy import marker_ids
+from echo_min.sampler import Sampler
+from echo_min.sandbox import TerminalDied, open_terminal
+from echo_min.tasks import Task
+
+
+class StopReason(StrEnum):
+    DONE = "done"  # the policy said so
+    MAX_TURNS = "max_turns"  # graded and trained
+    CONTEXT_FULL = "context_full"  # the next message or reply would not fit; graded and trained
+    AGENT_TIMEOUT = "agent_timeout"  # graded, in no loss
+    INFRA_ERROR = "infra_error"  # the environment failed, not the policy: no reward, in no loss
+
+
+@dataclass
+class Episode:
+    """All that passes from rollout to update."""
+
+    task: Task
+    group: int
+    transcript: Transcript = field(default_factory=Transcript)
+    commands: list[str] = field(default_factory=list)
+    reward: float = float("nan")  # nan until graded
+    stop: StopReason | None = None
+    error: str = ""  # what failed, when stop is infra_error
+    turns: int = 0
+    seconds: float = 0.0
+
+    @property
+    def valid(self) -> bool:
+        """Whether the episode enters the losses and its group's statistics."""
+        return self.stop in (StopReason.DONE, StopReason.MAX_TURNS, StopReason.CONTEXT_FULL)
+
+
+class Script:
+    """A scripted agent behind the Sampler's interface: each episode types its own list of commands."""
+
+    def __init__(self, tokenizer, scripts: list[list[str]]):
+        self.tokenizer, self.scripts = tokenizer, [iter(script) for script in scripts]
+
+    def reply(self, rows, new_ids, max_new) -> list[tuple[list[int], list[float]]]:
+        replies = []
+        for row in rows:
+            ids = encode(self.tokenizer, Role.ACTION, next(self.scripts[row], harness.DONE))
+            ids.append(self.tokenizer.convert_tokens_to_ids(harness.END))
+            replies.append((ids, [0.0] * len(ids)))
+        return replies
+
+
+class Seat:
+    """One episode at its terminal. When the terminal fails, the episode ends as infra_error; the others go on."""
+
+    def __init__(self, episode: Episode, tokenizer, config: Config):
+        self.episode, self.tokenizer, self.config = episode, tokenizer, config
+        self.started = time.monotonic()
+        self.markers = marker_ids(tokenizer)
+        self.terminal = None
+
+    def open(self) -> list[int]:
+        """-> the prompt's ids. Raises ValueError if the context has no room for a reply."""
+        ids = self._extend(harness.prompt(self.episode.task))
+        if not ids or len(ids) + self.config.max_action_tokens > self.config.context:
+            raise ValueError(
+                f"context: {self.config.context} tokens do not hold the prompt of task {self.episode.task.name} and a"
+                f" reply of {self.config.max_action_tokens}; raise it"
+            )
+        with self._guard():
+            terminal = open_terminal(self.episode.task, self.config.backend, self.config.output_chars)
+            self.terminal = terminal.__enter__()
+        return ids
+
+    def answer(self, reply: tuple[list[int], list[float]]) -> list[int]:
+        """Record a reply, do what it asks. -> ids of the message that answers it; the episode may have stopped."""
+        episode, (ids, logprobs) = self.episode, reply
+        episode.transcript.append(Role.ACTION, ids, logprobs)
+        episode.turns += 1
+        stopped_by = self.markers.get(ids[-1])
+        action = harness.parse(self.tokenizer.decode(ids[:-1] if stopped_by else ids), stopped_by)
+        if action.done:
+            self._stop(StopReason.DONE)
+            return []
+        output = None
+        if action.command is not None:
+            episode.commands.append(action.command)
+            with self._guard():
+                output = self.terminal.run(action.command)
+            if episode.stop:
+                return []
+        new = self._extend(harness.observation(output, action.warnings, stopped_by))
+        if new and episode.turns == self.config.max_turns:
+            self._stop(StopReason.MAX_TURNS)
+        elif not new or len(episode.transcript) + self.config.max_action_tokens > self.config.context:
+            self._stop(StopReason.CONTEXT_FULL)
+        elif time.monotonic() - self.started > episode.task.limits.agent_seconds:
+            self._stop(StopReason.AGENT_TIMEOUT)
+        return new
+
+    def grade(self) -> None:
+        if self.episode.stop is not StopReason.INFRA_ERROR:
+            with self._guard():
+                self.episode.reward = self.terminal.verify()
+
+    def close(self) -> None:
+        if self.terminal is not None:
+            self.terminal.close()
+
+    def _extend(self, segments: list[Segment]) -> list[int]:
+        """Append a message to the transcript, all of it or, if it does not fit the context, nothing. -> its ids"""
+        encoded = [(role, encode(self.tokenizer, role, text)) for role, text in segments]
+        if len(self.episode.transcript) + sum(len(ids) for _, ids in encoded) > self.config.context:
+            return []
+        for role, ids in encoded:
+            self.episode.transcript.append(role, ids)
+        return [i for _, ids in encoded for i in ids]
+
+    def _stop(self, reason: StopReason) -> None:
+        self.episode.stop = reason
+        self.episode.seconds = time.monotonic() - self.started
+
+    @contextmanager
+    def _guard(self):
+        try:
+            yield
+        except TerminalDied as error:
+            self._stop(StopReason.INFRA_ERROR)
+            self.episode.reward, self.episode.error = float("nan"), str(error)
+
+
+def rollout(agent: Sampler | Script, tokenizer, episodes: list[Episode], config: Config) -> list[Episode]:
+    """Run new episodes side by side, turn by turn, and grade them. -> the same episodes, filled in."""
+    seats = [Seat(episode, tokenizer, config) for episode in episodes]
+    with ThreadPoolExecutor(config.terminals) as pool:
+        try:
+            unread = dict(enumerate(pool.map(Seat.open, seats)))
+            while rows := [row for row, episode in enumerate(episodes) if episode.stop is None]:
+                replies = agent.reply(rows, [unread[row] for row in rows], config.max_action_tokens)
+                answers = pool.map(Seat.answer, [seats[row] for row in rows], replies)
+                unread = dict(zip(rows, answers, strict=True))
+            list(pool.map(Seat.grade, seats))
+        finally:
+            list(pool.map(Seat.close, seats))
+    return episodes
+
+
+def sample_episodes(
+    model, tokenizer, tasks: list[Task], group_size: int, config: Config, key: tuple[int, ...] | None
+) -> list[Episode]:
+    """group_size rollouts of each task. key: (seed, step); with (group, member) it decides a rollout's random numbers.
+    key None: greedy."""
+    rows = [(group, member) for group in range(len(tasks)) for member in range(group_size)]
+    noise = None
+    if key is not None:
+        tokens = config.max_turns * config.max_action_tokens
+        noise = np.stack([np.random.default_rng((*key, *row)).random(tokens) for row in rows])
+    sampler = Sampler(model, set(marker_ids(tokenizer)), config.temperature, noise)
+    return rollout(sampler, tokenizer, [Episode(tasks[group], group) for group, _ in rows], config)
+
+
+def scripted_episodes(tokenizer, tasks: list[Task], scripts: list[list[str]], config: Config) -> list[Episode]:
+    """One rollout of each task by an agent that types its script."""
+    return rollout(Script(tokenizer, scripts), tokenizer, [Episode(task, 0) for task in tasks], config)

@@ -1,0 +1,122 @@
+"""How good is a policy? pass@1 and pass@k, stop reasons, observation CE, and transcripts shaded by surprise.
+
+    python eval.py runs/tiny/echo --tasks world:tool -k 5 --show 3
+"""
+
+import argparse
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from echo_min import checkpoint, report
+from echo_min.config import Config
+from echo_min.masking import Role, Transcript, observation_targets, pad
+from echo_min.policy import load_policy, segment_logprobs
+from echo_min.rollout import StopReason, sample_episodes
+from echo_min.sft import record
+from echo_min.tasks import Task
+from echo_min.worlds import World, load_world
+
+
+@torch.no_grad()
+def observation_logprobs(model, transcripts: list[Transcript]) -> list[dict[int, float]]:
+    """-> for each transcript: position of an observation token -> its log-probability at temperature 1, nats."""
+    out = []
+    for start in range(0, len(transcripts), 64):
+        ids, roles, _ = pad(transcripts[start : start + 64])
+        observations = observation_targets(roles)
+        ids = ids.to(model.device)
+        _, logps = segment_logprobs(model, ids, ids, torch.zeros_like(observations), observations)
+        rows = [{} for _ in ids]
+        for (b, t), logp in zip(observations.nonzero().tolist(), logps.tolist(), strict=True):
+            rows[b][t] = logp
+        out += rows
+    return out
+
+
+def observation_ce(model, transcripts: list[Transcript]) -> float:
+    """Mean cross-entropy of all observation tokens, nats per token; nan if there are none."""
+    logps = [logp for row in observation_logprobs(model, transcripts) for logp in row.values()]
+    return -sum(logps) / len(logps) if logps else float("nan")
+
+
+def expert_transcripts(tokenizer, world: World, config: Config) -> list[Transcript]:
+    """The scripted expert on the held-out tasks: trajectories of a stronger policy, never trained on."""
+    rng = random.Random("expert")
+    scripts = [(task, world.expert(task, rng)) for task in world.held_out[: config.eval_tasks]]
+    return [e.transcript for e in record(tokenizer, scripts, config)]
+
+
+def evaluate(model, tokenizer, tasks: list[Task], expert: list[Transcript], config: Config, step: int) -> dict:
+    """One sampled and one greedy rollout of each task, and observation CE on the expert's trajectories."""
+    rates = {}
+    for name, key in (("pass_rate", (2, config.seed, step)), ("pass_rate_greedy", None)):
+        graded = [e.reward for e in sample_episodes(model, tokenizer, tasks, 1, config, key) if e.reward == e.reward]
+        rates[name] = sum(graded) / max(len(graded), 1)
+    return rates | {"eval_tasks": len(tasks), "expert_ce": observation_ce(model, expert)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or an arm's folder (its newest one)")
+    parser.add_argument("--tasks", default="world:tool", help="world:NAME (its held-out tasks)")
+    parser.add_argument("--backend", default="sandbox", choices=("sandbox", "docker"))
+    parser.add_argument("-k", type=int, default=1, help="sampled rollouts per task")
+    parser.add_argument("--limit", type=int, default=200, help="tasks at most")
+    parser.add_argument("--temperature", type=float, help="sampling temperature [as trained]")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N transcripts in colour")
+    parser.add_argument("--png", type=Path, help="draw the first shown transcript to this file")
+    args = parser.parse_args()
+    try:
+        folder = found[1] if (found := checkpoint.latest(args.checkpoint)) else args.checkpoint
+        model, tokenizer = load_policy(folder)
+        settings = folder / "echo_min.json"
+        config = Config.load(settings) if settings.exists() else Config()
+        config = replace(config, backend=args.backend, temperature=args.temperature or config.temperature)
+        tasks = load_world(args.tasks.removeprefix("world:")).held_out[: args.limit]
+        if args.k < 1:
+            raise ValueError("-k: at least 1")
+    except ValueError as error:
+        parser.error(str(error))
+
+    episodes = []
+    for start in range(0, len(tasks), 64):
+        part = tasks[start : start + 64]
+        episodes += sample_episodes(model, tokenizer, part, args.k, config, (3, args.seed, start))
+    greedy = [e for s in range(0, len(tasks), 64) for e in sample_episodes(model, tokenizer, tasks[s : s + 64], 1, config, None)]
+    summarise(episodes, greedy, args.k, model)
+
+    shown = episodes[: args.show or bool(args.png)]
+    for episode, logps in zip(shown, observation_logprobs(model, [e.transcript for e in shown]), strict=True):
+        tokens = report.tokens_with_surprise(tokenizer, episode.transcript, {t: -logp for t, logp in logps.items()})
+        print(f"\n--- {episode.task.name}: reward {episode.reward:g}, {episode.stop}\n{report.ansi(tokens)}")
+        if args.png and episode is shown[0]:
+            report.draw_transcript(tokens, args.png)
+
+
+def summarise(episodes, greedy, k: int, model) -> None:
+    """Print what was measured; infrastructure errors are counted apart and are in no rate."""
+    by_task: dict[str, list[float]] = {}
+    for e in episodes:
+        if e.stop is not StopReason.INFRA_ERROR:
+            by_task.setdefault(e.task.name, []).append(e.reward)
+    full = [rewards for rewards in by_task.values() if len(rewards) == k]
+    mean, half = report.mean_interval([sum(r) / len(r) for r in by_task.values()])
+    print(f"pass@1 sampled   {mean:.3f} +- {half:.3f}   ({len(by_task)} tasks x {k})")
+    for name, passed in ((f"pass@{k} sampled", [max(r) for r in full]), ("pass@1 greedy", [e.reward for e in greedy if e.reward == e.reward])):
+        low, high = report.wilson_interval(int(sum(passed)), len(passed))
+        print(f"{name:16} {sum(passed) / len(passed):.3f} [{low:.3f}, {high:.3f}]")
+    n = len(episodes)
+    stops = ", ".join(f"{reason} {sum(e.stop is reason for e in episodes) / n:.1%}" for reason in StopReason)
+    print(f"stops            {stops}")
+    print(f"turns            {sum(e.turns for e in episodes) / n:.2f}")
+    for role in (Role.ACTION, Role.OBSERVATION):
+        print(f"{role.name.lower()} tokens".ljust(16), f"{sum(e.transcript.count(role) for e in episodes) / n:.1f}")
+    print(f"observation CE   {observation_ce(model, [e.transcript for e in episodes]):.3f} nats/token (own episodes)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+import os
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the same numbers everywhere
+
+import pytest
+import torch
+
+from echo_min.policy import tiny_model, tiny_tokenizer
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    words = "align -k acorn tk align -k acorn usage: tk align -k FILE ok acorn done ls: cannot access No such file"
+    return tiny_tokenizer([words] * 3, vocab_size=400)
+
+
+@pytest.fixture()
+def model(tokenizer):
+    return tiny_model(tokenizer, seed=0)

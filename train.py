@@ -1,0 +1,192 @@
+"""GRPO and ECHO on terminal tasks: the training loop, top to bottom. `python train.py --help` lists every setting.
+
+    for each step:
+        a group of rollouts for each of a few tasks             rollout.py: policy <-> real terminal, reward 0 or 1
+        advantage = (reward - group mean) / group std           grpo.py
+        roles -> masks -> weights of all tokens                 masking.py
+        one forward pass -> logprobs of actions and observations kernels/segment_logprob.py
+        loss = GRPO(actions) + env_weight * CE(observations)    grpo.py, echo.py
+        one optimizer step
+
+What is not here, because the paper's recipe does without: KL, reference model, critic, entropy bonus, several updates
+a batch.
+"""
+
+import random
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from echo_min import checkpoint, report
+from echo_min.config import Config, parse_args
+from echo_min.echo import echo_loss, permuted_targets
+from echo_min.grpo import group_advantages, grpo_loss
+from echo_min.masking import Role, observation_targets, observation_weights, pad, policy_weights
+from echo_min.policy import segment_logprobs
+from echo_min.rollout import Episode, StopReason, sample_episodes
+from echo_min.sft import load_base, make_base
+from echo_min.tasks import Task
+from echo_min.worlds import World, load_world
+from eval import evaluate, expert_transcripts
+
+
+def pick_tasks(tasks: list[Task], step: int, config: Config) -> list[Task]:
+    """The step's tasks: every epoch a new order, a function of (seed, epoch) alone."""
+    first, picked = step * config.tasks_per_step, []
+    for i in range(first, first + config.tasks_per_step):
+        epoch, position = divmod(i, len(tasks))
+        order = list(range(len(tasks)))
+        random.Random(f"{config.seed} {epoch}").shuffle(order)
+        picked.append(tasks[order[position]])
+    return picked
+
+
+def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Rows, longest first, in parts of at most `budget` padded tokens (or one row)."""
+    parts: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= budget:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts
+
+
+def update(model, optimizer, episodes: list[Episode], arm: str, step: int, config: Config) -> dict:
+    """One optimizer step on a batch of episodes. -> metrics. Raises FloatingPointError on a loss that is not finite."""
+    episodes = [e for e in episodes if e.valid]
+    rewards = torch.tensor([e.reward for e in episodes])
+    groups = torch.tensor([e.group for e in episodes])
+    advantages = group_advantages(rewards, groups)  # [B]
+    ids, roles, old_logprobs = pad([e.transcript for e in episodes])  # [B, T]
+    actions, observations = roles == Role.ACTION, observation_targets(roles, config.warnings_as_targets)  # [B, T]
+    action_weights = policy_weights(roles, groups, config.policy_norm)  # [B, T]
+    env_weights = observation_weights(roles, config.observation_norm, config.warnings_as_targets)  # [B, T]
+    env_weight = 0.0 if arm == "grpo" else config.env_weight
+    targets = ids
+    if arm == "placebo":
+        targets = permuted_targets(ids, observations, torch.Generator().manual_seed(config.seed * 1_000_003 + step))
+
+    total = dict.fromkeys(("policy_loss", "env_loss", "observation_ce", "mismatch", "ratio"), 0.0)
+    n_actions, n_observations = int(actions.sum()), int(observations.sum())
+    for rows in micro_batches([len(e.transcript) for e in episodes], config.micro_batch_tokens):
+        T = max(len(episodes[row].transcript) for row in rows)
+        a, o = actions[rows, :T], observations[rows, :T]
+        device_ids, device_targets = (x[rows, :T].to(config.device) for x in (ids, targets))
+        logp_action, logp_observation = segment_logprobs(
+            model, device_ids, device_targets, a, o, config.temperature, config.observation_temperature
+        )  # [Na], [No]
+        old = old_logprobs[rows, :T][a].to(config.device)
+        advantage = advantages[rows, None].expand(-1, T)[a].to(config.device)
+        policy_loss = grpo_loss(
+            logp_action, old, advantage, action_weights[rows, :T][a].to(config.device), config.clip_low, config.clip_high
+        )
+        env_loss = echo_loss(logp_observation, env_weights[rows, :T][o].to(config.device))
+        (policy_loss + env_weight * env_loss).backward()
+
+        change = logp_action.detach() - old
+        total["policy_loss"] += policy_loss.item()
+        total["env_loss"] += env_loss.item()
+        total["observation_ce"] -= logp_observation.sum().item() / max(n_observations, 1)
+        total["mismatch"] += change.abs().sum().item() / n_actions
+        total["ratio"] += change.exp().sum().item() / n_actions
+
+    total["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
+    if not all(map(torch.isfinite, map(torch.tensor, total.values()))):
+        raise FloatingPointError(f"step {step}: loss or gradient is not finite: {total}")
+    optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    optimizer.step()
+    optimizer.zero_grad()
+    return total | {"mixed_groups": float((advantages != 0).float().mean())}
+
+
+def rollout_metrics(episodes: list[Episode]) -> dict:
+    """Means over the valid episodes of a batch. Raises RuntimeError if the environment failed for most of them."""
+    failed = [e for e in episodes if e.stop is StopReason.INFRA_ERROR]
+    if 2 * len(failed) > len(episodes):
+        raise RuntimeError(f"{len(failed)} of {len(episodes)} episodes failed in the environment: {failed[0].error}")
+    valid = [e for e in episodes if e.valid]
+    if not valid:
+        raise RuntimeError("no episode of the batch can be trained on: all ran out of agent time or failed")
+    commands = [c for e in valid for c in e.commands]
+    return {
+        "reward": sum(e.reward for e in valid) / len(valid),
+        "turns": sum(e.turns for e in valid) / len(valid),
+        "action_tokens": sum(e.transcript.count(Role.ACTION) for e in valid) / len(valid),
+        "observation_tokens": sum(e.transcript.count(Role.OBSERVATION) for e in valid) / len(valid),
+        "warning_tokens": sum(e.transcript.count(Role.WARNING) for e in valid) / len(valid),
+        "command_diversity": len(set(commands)) / max(len(commands), 1),
+        "stop": {str(reason): sum(e.stop is reason for e in episodes) for reason in StopReason},
+    }
+
+
+def train_arm(arm: str, config: Config, world: World, folder: Path) -> None:
+    """Train one arm from the base, or from its newest checkpoint, to the last step."""
+
+    def make_optimizer(model):
+        return torch.optim.AdamW(
+            model.parameters(), config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay
+        )
+
+    metrics = folder / "metrics.jsonl"
+    if found := checkpoint.latest(folder / arm):
+        first, path = found
+        model, tokenizer, optimizer = checkpoint.restore(path, config.device, make_optimizer)
+    else:
+        first, (model, tokenizer) = 0, load_base(config, folder / "base")
+        optimizer = make_optimizer(model)
+    checkpoint.truncate_metrics(metrics, lambda r: r["arm"] != arm or r["step"] <= first)
+    history = [r for r in report.read(metrics) if r["arm"] == arm and "reward" in r]
+    expert = expert_transcripts(tokenizer, world, config)
+    last = {}
+
+    def measure(step: int) -> None:
+        last.update(evaluate(model, tokenizer, world.held_out[: config.eval_tasks], expert, config, step))
+        report.log(metrics, {"arm": arm, "step": step, **last})
+
+    if first == 0:
+        checkpoint.truncate_metrics(metrics, lambda r: r["arm"] != arm)
+        measure(0)
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=arm, unit="step", leave=True)
+    for step in bar:
+        started = time.perf_counter()
+        tasks = pick_tasks(world.train, step, config)
+        episodes = sample_episodes(model, tokenizer, tasks, config.group_size, config, (1, config.seed, step))
+        sampled = time.perf_counter()
+        record = rollout_metrics(episodes) | update(model, optimizer, episodes, arm, step, config)
+        now = time.perf_counter()
+        record |= {"rollout_seconds": sampled - started, "update_seconds": now - sampled}
+        report.log(metrics, {"arm": arm, "step": step + 1, **record})
+        history.append(record)
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+            measure(step + 1)
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            checkpoint.save(folder / arm, step + 1, model, tokenizer, optimizer, config)
+            report.write_transcripts(folder / "transcripts" / f"{arm}-{step + 1:06d}.txt", tokenizer, episodes[:8])
+        if alarm := report.collapse_alarm(history):
+            tqdm.write(f"warning, {arm}, step {step + 1}: {alarm}", file=sys.stderr)
+        bar.set_postfix_str(
+            f"pass {last.get('pass_rate', 0):.2f}, reward {record['reward']:.2f}, CE {record['observation_ce']:.2f}, "
+            f"{len(episodes) / (now - started):.0f} rollouts/s"
+        )
+
+
+def main(config: Config, folder: Path) -> None:
+    config = replace(config, device=config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    world = load_world(config.tasks.removeprefix("world:"))
+    if config.model == "tiny" and not (folder / "base").exists():
+        make_base(config, world, folder / "base")
+    for arm in config.arms.split(","):
+        train_arm(arm, config, world, folder)
+    report.draw_curves(report.read(folder / "metrics.jsonl"), folder / "curves.png")
+
+
+if __name__ == "__main__":
+    config, resume = parse_args()
+    main(config, resume or config.folder)

@@ -94,7 +94,7 @@ def main() -> None:
         tokens = report.tokens_with_surprise(tokenizer, episode.transcript, {t: -logp for t, logp in logps.items()})
         print(f"\n--- {episode.task.name}: reward {episode.reward:g}, {episode.stop}\n{report.ansi(tokens)}")
         if args.png and episode is shown[0]:
-            report.draw_transcript(tokens, args.png)
+            report.draw_transcript(tokens, args.png, f"{episode.task.name}, reward {episode.reward:g}")
 
 
 def summarise(episodes, greedy, k: int, model) -> None:

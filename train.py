@@ -28,10 +28,15 @@ from echo_min.grpo import group_advantages, grpo_loss
 from echo_min.masking import Role, observation_targets, observation_weights, pad, policy_weights
 from echo_min.policy import segment_logprobs
 from echo_min.rollout import Episode, StopReason, sample_episodes
+from echo_min.sandbox import SandboxUnavailable
 from echo_min.sft import load_base, make_base
 from echo_min.tasks import Task
 from echo_min.worlds import World, load_world
 from eval import evaluate, expert_transcripts
+
+
+class RunStopped(RuntimeError):
+    """Going on makes no sense; the message says why."""
 
 
 def pick_tasks(tasks: list[Task], step: int, config: Config) -> list[Task]:
@@ -57,7 +62,7 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def update(model, optimizer, episodes: list[Episode], arm: str, step: int, config: Config) -> dict:
-    """One optimizer step on a batch of episodes. -> metrics. Raises FloatingPointError on a loss that is not finite."""
+    """One optimizer step on a batch of episodes. -> metrics. Raises RunStopped on a loss that is not finite."""
     episodes = [e for e in episodes if e.valid]
     rewards = torch.tensor([e.reward for e in episodes])
     groups = torch.tensor([e.group for e in episodes])
@@ -97,7 +102,7 @@ def update(model, optimizer, episodes: list[Episode], arm: str, step: int, confi
 
     total["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
     if not all(map(torch.isfinite, map(torch.tensor, total.values()))):
-        raise FloatingPointError(f"step {step}: loss or gradient is not finite: {total}")
+        raise RunStopped(f"step {step}: loss or gradient is not finite: {total}")
     optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))
     optimizer.step()
     optimizer.zero_grad()
@@ -105,13 +110,13 @@ def update(model, optimizer, episodes: list[Episode], arm: str, step: int, confi
 
 
 def rollout_metrics(episodes: list[Episode]) -> dict:
-    """Means over the valid episodes of a batch. Raises RuntimeError if the environment failed for most of them."""
+    """Means over the valid episodes of a batch. Raises RunStopped if the environment failed for most of them."""
     failed = [e for e in episodes if e.stop is StopReason.INFRA_ERROR]
     if 2 * len(failed) > len(episodes):
-        raise RuntimeError(f"{len(failed)} of {len(episodes)} episodes failed in the environment: {failed[0].error}")
+        raise RunStopped(f"{len(failed)} of {len(episodes)} episodes failed in the environment: {failed[0].error}")
     valid = [e for e in episodes if e.valid]
     if not valid:
-        raise RuntimeError("no episode of the batch can be trained on: all ran out of agent time or failed")
+        raise RunStopped("no episode of the batch can be trained on: all ran out of agent time or failed")
     commands = [c for e in valid for c in e.commands]
     return {
         "reward": sum(e.reward for e in valid) / len(valid),
@@ -137,9 +142,11 @@ def train_arm(arm: str, config: Config, world: World, folder: Path) -> None:
         first, path = found
         model, tokenizer, optimizer = checkpoint.restore(path, config.device, make_optimizer)
     else:
-        first, (model, tokenizer) = 0, load_base(config, folder / "base")
+        first, (model, tokenizer) = -1, load_base(config, folder / "base")
         optimizer = make_optimizer(model)
     checkpoint.truncate_metrics(metrics, lambda r: r["arm"] != arm or r["step"] <= first)
+    if first == config.steps:
+        return
     history = [r for r in report.read(metrics) if r["arm"] == arm and "reward" in r]
     expert = expert_transcripts(tokenizer, world, config)
     last = {}
@@ -148,10 +155,10 @@ def train_arm(arm: str, config: Config, world: World, folder: Path) -> None:
         last.update(evaluate(model, tokenizer, world.held_out[: config.eval_tasks], expert, config, step))
         report.log(metrics, {"arm": arm, "step": step, **last})
 
-    if first == 0:
-        checkpoint.truncate_metrics(metrics, lambda r: r["arm"] != arm)
+    if first == -1:  # nothing is saved yet
         measure(0)
-    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=arm, unit="step", leave=True)
+        checkpoint.save(folder / arm, first := 0, model, tokenizer, optimizer, config)
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=arm, unit="step")
     for step in bar:
         started = time.perf_counter()
         tasks = pick_tasks(world.train, step, config)
@@ -164,9 +171,9 @@ def train_arm(arm: str, config: Config, world: World, folder: Path) -> None:
         history.append(record)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             measure(step + 1)
+            report.write_transcripts(folder / "transcripts" / f"{arm}-{step + 1:06d}.txt", tokenizer, episodes[:8])
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             checkpoint.save(folder / arm, step + 1, model, tokenizer, optimizer, config)
-            report.write_transcripts(folder / "transcripts" / f"{arm}-{step + 1:06d}.txt", tokenizer, episodes[:8])
         if alarm := report.collapse_alarm(history):
             tqdm.write(f"warning, {arm}, step {step + 1}: {alarm}", file=sys.stderr)
         bar.set_postfix_str(
@@ -176,17 +183,24 @@ def train_arm(arm: str, config: Config, world: World, folder: Path) -> None:
 
 
 def main(config: Config, folder: Path) -> None:
+    """Base policy, every arm, one picture. A folder that holds a part of the same run is continued."""
     config = replace(config, device=config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
     if config.threads:
         torch.set_num_threads(config.threads)
     world = load_world(config.tasks.removeprefix("world:"))
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save(folder / "config.json")
     if config.model == "tiny" and not (folder / "base").exists():
         make_base(config, world, folder / "base")
     for arm in config.arms.split(","):
         train_arm(arm, config, world, folder)
     report.draw_curves(report.read(folder / "metrics.jsonl"), folder / "curves.png")
+    print(f"{folder}: curves.png, metrics.jsonl, transcripts/ and a checkpoint of each arm")
 
 
 if __name__ == "__main__":
-    config, resume = parse_args()
-    main(config, resume or config.folder)
+    config, folder = parse_args()
+    try:
+        main(config, folder)
+    except (ValueError, OSError, RunStopped, SandboxUnavailable, KeyboardInterrupt) as error:
+        sys.exit(f"train.py: {error or 'interrupted'}\nWhat is saved stays: python train.py --resume {folder}")

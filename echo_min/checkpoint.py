@@ -48,10 +48,13 @@ def latest(arm: Path) -> tuple[int, Path] | None:
 
 
 def restore(folder: Path, device: str, make_optimizer):
-    """-> (model, tokenizer, optimizer) as they were saved."""
+    """-> (model, tokenizer, optimizer) as they were saved. Raises ValueError if the folder is no checkpoint of ours."""
     model, tokenizer = load_policy(folder, device)
     optimizer = make_optimizer(model)
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
+    try:
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{folder}: not a checkpoint to resume from: optimizer.pt: {error}") from None
     return model, tokenizer, optimizer
 
 

@@ -63,7 +63,7 @@ class Config:
     # evaluation
     eval_every: int = _f(25, "steps between evaluations on held-out tasks")
     eval_tasks: int = _f(200, "held-out tasks per evaluation, one sampled and one greedy rollout each")
-    save_every: int = _f(25, "steps between checkpoints")
+    save_every: int = _f(1, "steps between checkpoints")
 
     def __post_init__(self):
         """Raises ValueError naming the field."""
@@ -113,11 +113,11 @@ class Config:
 PRESETS = {"tiny": {}}
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[Config, Path | None]:
-    """-> (config, the run folder to resume or None). A wrong flag or value ends the program with one line."""
+def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
+    """-> (config, run folder). A wrong flag or value ends the program with one line that says what to do."""
     parser = argparse.ArgumentParser(description="Train a terminal agent with GRPO and ECHO.", allow_abbrev=False)
     parser.add_argument("--preset", default="tiny", choices=PRESETS, help="starting values of all fields below")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue runs/NAME from its last checkpoint")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue runs/NAME after its last completed step")
     for f in fields(Config):
         kind = _boolean if f.type is bool else f.type
         parser.add_argument(f"--{f.name}", type=kind, default=argparse.SUPPRESS, metavar=f.type.__name__.upper(),
@@ -126,7 +126,12 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Path | None]:
     preset, resume = given.pop("preset"), given.pop("resume")
     try:
         if resume is None:
-            return Config(**PRESETS[preset] | given), None
+            config = Config(**PRESETS[preset] | given)
+            saved = config.folder / "config.json"
+            if saved.exists() and (old := asdict(Config.load(saved))) != asdict(config):
+                changed = [name for name, value in asdict(config).items() if old[name] != value]
+                raise ValueError(f"{config.folder} holds a run with another {', '.join(changed)}: pass a new --name")
+            return config, config.folder
         if given:
             raise ValueError(f"--resume takes its settings from the run; remove --{' --'.join(given)}")
         if not (resume / "config.json").is_file():

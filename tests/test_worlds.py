@@ -1,0 +1,82 @@
+"""Every family: the reference solution passes; doing nothing, touching every file or a constant answer fails."""
+
+import random
+
+import pytest
+
+from echo_min.sandbox import open_terminal
+from echo_min.worlds import WORLDS, load_world
+
+
+def grade(task, *commands):
+    with open_terminal(task) as terminal:
+        for command in commands:
+            terminal.run(command)
+        return terminal.verify()
+
+
+@pytest.fixture(params=WORLDS)
+def world(request):
+    return load_world(request.param)
+
+
+def some(world, n=8):
+    return random.Random(0).sample(world.train + world.held_out, n)
+
+
+def test_train_and_held_out_tasks_are_disjoint_and_reproducible(world):
+    names = [t.name for t in world.train + world.held_out]
+    assert len(set(names)) == len(names)
+    assert len(world.held_out) >= 200
+    assert not {t.instruction for t in world.train} & {t.instruction for t in world.held_out}
+
+
+def test_the_reference_solution_passes(world):
+    assert all(grade(task, task.solution) == 1.0 for task in some(world, 16))
+
+
+@pytest.mark.parametrize(
+    "commands",
+    [
+        [],
+        ["for f in *; do touch $f; done"],
+        ["for f in *; do echo done > $f; done"],
+        ["for f in *; do echo align -a > $f; done"],
+        ["rm -rf ./*"],
+        ["for f in *; do rm $f; ln -s /etc/passwd $f; done"],
+        ["for f in *; do rm $f; mkfifo $f; done"],
+        ["for f in *; do rm $f; mkdir $f; done"],
+        ["exit 0"],
+    ],
+    ids=lambda commands: commands[0][:30] if commands else "nothing",
+)
+def test_agents_that_know_nothing_fail(world, commands):
+    assert all(grade(task, *commands) == 0.0 for task in some(world, 4))
+
+
+def test_another_tasks_solution_fails(world):
+    first, second = some(world, 2)
+    assert grade(first, second.solution) == 0.0
+
+
+def test_the_expert_passes_and_meets_an_error_first(world):
+    for task in some(world, 4):
+        commands = world.expert(task, random.Random(0))
+        with open_terminal(task) as terminal:
+            outputs = [terminal.run(c) for c in commands if c != "done"]
+            assert outputs[0].exit_code != 0 and outputs[-1].exit_code == 0
+            assert terminal.verify() == 1.0
+
+
+def test_weak_demonstrations_are_weak(world):
+    rng = random.Random(0)
+    rewards = []
+    for _ in range(64):
+        task, commands = world.weak(rng)
+        rewards.append(grade(task, *[c for c in commands if c != "done"]))
+    assert 0 < sum(rewards) / len(rewards) < 0.25
+
+
+def test_an_unknown_world_names_those_that_exist():
+    with pytest.raises(ValueError, match="world:tool"):
+        load_world("moon")

@@ -38,9 +38,9 @@ HELP = (
     "or use Docker: --backend docker"
 )
 
-# Takes orders on stdin, answers on stdout. At EOF, as the host closed the pipe or died, it ends and, being pid 1,
-# takes all else along. (Not --die-with-parent: that fires when the THREAD which started bwrap ends.) Job control
-# (set -m) makes inner bwrap and relay one process group; SIGURG means nothing but to the relay.
+# Takes orders on stdin, answers on stdout. At EOF, as the host closed the pipe or died, it ends and, being
+# pid 1, takes all else along. (Not --die-with-parent: that fires when the THREAD which started bwrap ends.)
+# Job control (set -m) makes inner bwrap and relay one process group; SIGURG means nothing but to the relay.
 SUPERVISOR = r"""
 set -m; umask 022; exec 2>/dev/null
 $inner <&$requests >&$status 2>&$output {requests}<&- {status}>&- {output}>&- &
@@ -58,8 +58,8 @@ done
 """
 
 # Takes commands on stdin, answers on stdout; what was stderr becomes the commands' output. The limits are the
-# commands' own: it can fork when the agent no longer can. Only builtins: a fork costs half a command. Job control
-# here, or else bash would start a command in the background with SIGINT ignored.
+# commands' own: it can fork when the agent no longer can. Only builtins: a fork costs half a command.
+# Job control here, or else bash would start a command in the background with SIGINT ignored.
 RELAY = r"""
 set -m; exec 3>&2 2>/dev/null
 trap late=late URG
@@ -129,7 +129,8 @@ class Sandbox:
         self._text, self._printed = bytearray(), 0  # of the command at work: bytes kept, bytes seen
         self._process, files = None, _files(task)
         (orders, self._orders), (self._verdicts, verdicts) = os.pipe(), os.pipe()
-        (requests, self._requests), (self._status, status), (self._output, output) = [os.pipe() for _ in "123"]
+        (requests, self._requests), (self._status, status) = os.pipe(), os.pipe()
+        self._output, output = os.pipe()
         self._ends = [self._orders, self._requests, self._verdicts, self._status, self._output]
         others = [orders, verdicts, requests, status, output, *files.values()]
         try:
@@ -155,7 +156,7 @@ class Sandbox:
     def run(self, command: str, timeout: float | None = None) -> Output:
         """Run it in a fresh bash in the work folder. timeout: seconds; None means the task's command_seconds.
 
-        Its background processes live on, unless it timed out. Raises TerminalDied when the sandbox is gone.
+        Its background processes live on, unless it timed out. Raises TerminalDied if the sandbox is gone.
         """
         data = command.encode(errors="replace") + b"\0"
         if data.count(b"\0") > 1 or len(data) > PIPE_BYTES:

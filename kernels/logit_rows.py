@@ -34,8 +34,8 @@ if triton:
         LANES: tl.constexpr = BLOCK // 4
         tile = tl.arange(0, 4)[:, None] * LANES + tl.arange(0, LANES)[None, :]
         # Every lane keeps its own running max m and, of u = (x - m) c, the sums s of 2^u and w of u 2^u: the
-        # loop reduces over four logits of one thread, never across threads. m starts at the lowest finite number
-        # and u ends at -200, where 2^u is 0: no inf - inf and no 0 * inf at a logit of -inf.
+        # loop reduces over four logits of one thread, never across threads. m starts at the lowest finite
+        # number and u ends at -200, where 2^u is 0: no inf - inf and no 0 * inf at a logit of -inf.
         m = tl.full([LANES], -3.4028234663852886e38, tl.float32)
         s = tl.full([LANES], 0.0, tl.float32)
         w = tl.full([LANES], 0.0, tl.float32)

@@ -36,16 +36,18 @@ def reference(x, y, tau):
 
 
 def close(got, want, tolerance=TOLERANCE):
-    """Within tolerance of max(1, |want|) for values, of max |want| for gradients passed as a pair."""
+    """Values: within tolerance, relative where |want| > 1."""
     assert got.shape == want.shape
-    error = (got.double() - want).abs() / want.abs().clamp(min=1)
-    assert error.nan_to_num(9).max().item() <= tolerance if error.numel() else True
+    error = ((got.double() - want).abs() / want.abs().clamp(min=1)).nan_to_num(9).tolist()
+    assert max(error, default=0) <= tolerance
 
 
 def gradients_close(got, want, tolerance=TOLERANCE):
+    """Gradients: within tolerance of max |want|."""
     assert got.shape == want.shape
     if want.numel():
-        assert ((got.double() - want).abs().max() / want.abs().max().clamp(min=1e-30)).item() <= tolerance
+        error = (got.double() - want).abs().max() / want.abs().max().clamp(min=1e-30)
+        assert error.nan_to_num(9).item() <= tolerance
 
 
 def run_rows(x, y, tau, g, src=None):
@@ -63,7 +65,10 @@ def run_rows(x, y, tau, g, src=None):
 # ---- the row kernels ----
 
 
-@pytest.mark.parametrize("N, V", [(1, 1), (1, 151936), (2, 129920), (31, 5003), (257, 501), (5, 4096), (3, 16)])
+SHAPES = [(1, 1), (1, 151936), (2, 129920), (31, 5003), (257, 501), (5, 4096), (3, 16)]
+
+
+@pytest.mark.parametrize("N, V", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_match_float64_of_the_same_logits(device, N, V, dtype):
     torch.manual_seed(N + V)
@@ -77,7 +82,8 @@ def test_rows_match_float64_of_the_same_logits(device, N, V, dtype):
     got = run_rows(*(t.to(device) for t in (x.clone(), y, tau, g)))
     close(got[0].cpu(), logp.detach())
     close(got[1].cpu(), entropy.detach())
-    gradients_close(got[2].cpu(), z.grad, TOLERANCE if dtype == torch.float32 else 2**-8)
+    rounding = 2**-8 if GPU or not logit_rows.uses_triton(x) else 2**-7  # the interpreter truncates to bf16
+    gradients_close(got[2].cpu(), z.grad, TOLERANCE if dtype == torch.float32 else rounding)
 
 
 def test_rows_with_huge_and_infinite_logits(device):
@@ -203,7 +209,8 @@ def test_paths_agree():
 
 def test_gradcheck_of_the_recompute_path():
     hidden, weight, y, tau, _ = head_inputs(5, 7, 3, torch.float64)
-    assert torch.autograd.gradcheck(lambda h, W: row_logprobs(h, W, y, tau, logit_bytes=2 * 7 * 8), (hidden, weight))
+    two_rows = {"logit_bytes": 2 * 7 * 8}
+    assert torch.autograd.gradcheck(lambda h, W: row_logprobs(h, W, y, tau, **two_rows), (hidden, weight))
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
@@ -288,10 +295,10 @@ def test_logits_stay_in_their_budget(kept):
 
 def segments(B=3, T=9, V=11, d=4):
     torch.manual_seed(2)
-    hidden, weight = torch.randn(B, T, d).double().requires_grad_(), torch.randn(V, d).double().requires_grad_()
+    hidden, weight = torch.randn(B, T, d, dtype=torch.float64), torch.randn(V, d, dtype=torch.float64)
     roles = torch.randint(3, (B, T))
     roles[:, 0] = 0
-    return hidden, weight, torch.randint(V, (B, T)), roles == 1, roles == 2
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(V, (B, T)), roles == 1, roles == 2
 
 
 def test_segments_own_the_shift_the_order_and_the_temperature():
@@ -304,18 +311,13 @@ def test_segments_own_the_shift_the_order_and_the_temperature():
         want = torch.stack([row[ids[b, t]].log() for row, (b, t) in zip(p, places, strict=True)])
         torch.testing.assert_close(got[k], want)
         torch.testing.assert_close(got[k + 2], -(p * p.log()).sum(1))
-    loss = got[0].sum() - 2 * got[1].sum()
-    for have, want in zip(
-        torch.autograd.grad(loss, (hidden, weight)), numeric(hidden, weight, ids, action, observation), strict=True
-    ):
-        torch.testing.assert_close(have, want)
-
-
-def numeric(hidden, weight, ids, action, observation):
-    """The gradients of the test above through autograd of the whole [B, T, V] log-softmax."""
+    # the gradients of the same sum through autograd of the whole [B, T, V] log-softmax
     x = (hidden @ weight.t())[:, :-1]
     pick = [torch.log_softmax(x / tau, 2).gather(2, ids[:, 1:, None])[..., 0] for tau in (0.7, 1.3)]
-    return torch.autograd.grad((pick[0] * action[:, 1:] - 2 * pick[1] * observation[:, 1:]).sum(), (hidden, weight))
+    want = (pick[0] * action[:, 1:] - 2 * pick[1] * observation[:, 1:]).sum()
+    got = got[0].sum() - 2 * got[1].sum()
+    for pair in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in (got, want)), strict=True):
+        torch.testing.assert_close(*pair)
 
 
 @pytest.mark.parametrize("empty", ["action", "observation", "both"])

@@ -4,6 +4,7 @@ A transcript only appends. What the model sampled is stored as sampled; all othe
 segment, so a role boundary is a token boundary and nothing is ever decoded and encoded again.
 """
 
+import threading
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -19,13 +20,15 @@ class Role(IntEnum):
 
 
 Segment = tuple[Role, str]
+_one_at_a_time = threading.Lock()  # split_special_tokens is kept in the tokenizer: two threads would mix theirs up
 
 
 def encode(tokenizer, role: Role, text: str) -> list[int]:
     """Token ids of one segment. Only SCAFFOLD, which this code wrote, may contain chat markers: in a task or in
     terminal output `<|im_end|>` stays text and cannot forge a turn."""
     text = text.encode("utf-8", "replace").decode()  # lone surrogates have no tokens
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=role is not Role.SCAFFOLD)
+    with _one_at_a_time:
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=role is not Role.SCAFFOLD)
 
 
 @dataclass

@@ -8,7 +8,7 @@
 The agent shares /work and the loopback network with the verifier, nothing else: in its own pid namespace it
 can neither see, signal nor trace the supervisor, nor reach the pipe of the verdict. What the relay says is
 hearsay. A verifier that RUNS the agent's files gives them its own powers, unless it shuts them in as well:
-`unshare --user --map-current-user --pid --fork --mount-proc bash FILE`.
+`setsid unshare -U --map-current-user -pf --mount-proc bash FILE`.
 
 Memory is bounded for each process (memory_mb) and each file system (work_mb); a bound on the whole would take
 cgroups. Since Linux 5.14 processes are counted for each sandbox, before that for all of them together.
@@ -63,13 +63,13 @@ done
 RELAY = r"""
 set -m; exec 3>&2 2>/dev/null
 trap late=late URG
-reap() {  # kill all that the command started, until a look at every process finds none alive
-    local found=1 process line
-    while [[ $found ]]; do
-        found=
+reap() {  # stop all that the command started, then kill it until none is alive: no parent sees its child killed
+    local signal found process line
+    for ((signal = 19, found = 1; found; signal = 9)); do
+        found=0
         for process in /proc/[0-9]*; do
             [[ $before == *" $process "* ]] && continue
-            read -r line <$process/stat && [[ ${line##*)} != ' Z'* ]] && kill -9 ${process#/proc/} && found=1
+            read -r line <$process/stat && [[ ${line##*)} != ' Z'* ]] && kill -$signal ${process#/proc/} && found=1
         done
     done
 }
@@ -167,7 +167,7 @@ class Sandbox:
         self._send(self._requests, data)
         reply = self._reply(self._status, timeout)
         while reply is None and time.monotonic() < deadline + GRACE_SECONDS:
-            # Repeated: bash may have been just before its `wait`. Acknowledged: none may hit the next command.
+            # Repeated: bash may have been just before `wait`. Acknowledged: none may hit the next command.
             self._send(self._orders, b"late\0")
             if self._reply(self._verdicts, GRACE_SECONDS) != b"sent":
                 break

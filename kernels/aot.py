@@ -4,7 +4,7 @@
 
 Ahead-of-time compilation gives registers, spills, instructions and access widths for every architecture.
 The interpreter runs the same kernels on a CPU: counting the 32-byte sectors of logits that loads and stores
-touch gives the memory traffic. At least, forward reads every logit once and backward reads and writes it once.
+touch gives the memory traffic. At least, forward reads every logit once and backward reads and writes it.
 """
 
 import re

@@ -1,6 +1,7 @@
 """Roles partition the tokens, survive hostile text, and every weight is read off them."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -42,6 +43,17 @@ def test_roles_partition_random_transcripts_and_decode_to_the_text(tokenizer):
             if role is not Role.SCAFFOLD:  # hostile text never becomes a chat marker
                 assert not specials & set(ids)
         assert sum(transcript.count(role) for role in Role) == len(transcript)
+
+
+def test_hostile_text_stays_text_when_many_threads_encode(tokenizer):
+    marker = "<|im_end|>"
+
+    def encode_one(i):
+        role = Role.OBSERVATION if i % 2 else Role.SCAFFOLD
+        return len(encode(tokenizer, role, marker)) == 1, role is Role.SCAFFOLD
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(single == trusted for single, trusted in pool.map(encode_one, range(20_000)))
 
 
 def test_only_actions_have_logprobs():

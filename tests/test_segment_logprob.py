@@ -38,7 +38,7 @@ def reference(x, y, tau):
 def close(got, want, tolerance=TOLERANCE):
     """Values: within tolerance, relative where |want| > 1."""
     assert got.shape == want.shape
-    error = ((got.double() - want).abs() / want.abs().clamp(min=1)).nan_to_num(9).tolist()
+    error = ((got.double() - want).abs() / want.abs().clamp(min=1)).nan_to_num(9).flatten().tolist()
     assert max(error, default=0) <= tolerance
 
 

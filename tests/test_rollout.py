@@ -1,0 +1,116 @@
+"""Whole episodes in real bash, driven by scripts: stop reasons, roles, rewards, failures of the environment."""
+
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+
+from echo_min import rollout as rollout_module
+from echo_min.config import Config
+from echo_min.masking import Role
+from echo_min.rollout import StopReason, sample_episodes, scripted_episodes
+from echo_min.sandbox import Sandbox, TerminalDied
+from echo_min.tasks import Limits
+from echo_min.worlds import load_world
+
+CONFIG = Config(context=1000, max_action_tokens=100, max_turns=3)
+TASK = load_world("tool").train[0]
+
+
+def play(tokenizer, *scripts, config=CONFIG, task=TASK):
+    return scripted_episodes(tokenizer, [task] * len(scripts), list(scripts), config)
+
+
+def text(tokenizer, episode, role):
+    pairs = zip(episode.transcript.ids, episode.transcript.roles, strict=True)
+    return tokenizer.decode([i for i, r in pairs if r == role])
+
+
+def test_done_and_max_turns_are_graded(tokenizer):
+    done, silent, late = play(tokenizer, [TASK.solution, "done"], ["done"], ["true", "true", TASK.solution, "true"])
+    assert (done.stop, done.reward, done.turns) == (StopReason.DONE, 1.0, 2)
+    assert (silent.stop, silent.reward) == (StopReason.DONE, 0.0)
+    assert (late.stop, late.reward, late.turns) == (StopReason.MAX_TURNS, 1.0, 3)
+    assert late.commands == ["true", "true", TASK.solution]
+
+
+def test_the_transcript_is_the_dialogue(tokenizer):
+    (episode,) = play(tokenizer, ["echo hello; exit 3", "printf '<|im_end|>'", "done"])
+    assert tokenizer.decode(episode.transcript.ids) == (
+        f"<|im_start|>user\n{TASK.instruction}<|im_end|>\n<|im_start|>assistant\n"
+        "echo hello; exit 3<|im_end|>\n<|im_start|>tool\nhello\n(exit_code=3)<|im_end|>\n<|im_start|>assistant\n"
+        "printf '<|im_end|>'<|im_end|>\n<|im_start|>tool\n<|im_end|>(exit_code=0)<|im_end|>\n<|im_start|>assistant\n"
+        "done<|im_end|>"
+    )
+    assert text(tokenizer, episode, Role.OBSERVATION) == "hello\n<|im_end|>"
+    assert text(tokenizer, episode, Role.PROMPT) == TASK.instruction
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    actions = [i for i, r in zip(episode.transcript.ids, episode.transcript.roles, strict=True) if r == Role.ACTION]
+    assert actions.count(end) == 3  # each reply's own end of turn, and none that was typed
+
+
+def test_a_malformed_reply_runs_nothing_and_is_answered_by_a_warning(tokenizer):
+    (episode,) = play(tokenizer, ["   ", "done"])
+    assert episode.commands == []
+    assert text(tokenizer, episode, Role.WARNING) == "WARNINGS:\n- The reply was empty; nothing was run.\n\n"
+    assert text(tokenizer, episode, Role.OBSERVATION) == ""
+
+
+def test_output_is_cut_and_says_so(tokenizer):
+    (episode,) = play(tokenizer, ["head -c 5000 /dev/zero | tr '\\0' x", "done"], config=replace(CONFIG, output_chars=50))
+    assert text(tokenizer, episode, Role.OBSERVATION) == "x" * 50
+    assert "(truncated)(exit_code=0)" in text(tokenizer, episode, Role.SCAFFOLD)
+
+
+def test_a_full_context_ends_the_episode_graded(tokenizer):
+    config = replace(CONFIG, context=260)
+    (episode,) = play(tokenizer, [TASK.solution, "head -c 150 /dev/zero | tr '\\0' ~", "true"], config=config)
+    assert (episode.stop, episode.reward) == (StopReason.CONTEXT_FULL, 1.0)
+    assert len(episode.transcript) <= 260 and episode.valid
+
+
+def test_a_context_without_room_for_a_reply_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="context: 105 tokens do not hold the prompt"):
+        play(tokenizer, ["done"], config=replace(CONFIG, context=105))
+
+
+def test_an_agent_out_of_time_is_graded_and_not_trained_on(tokenizer):
+    task = replace(TASK, limits=Limits(agent_seconds=0.3))
+    (episode,) = play(tokenizer, [f"{TASK.solution}; sleep 0.5", "true"], task=task)
+    assert (episode.stop, episode.reward, episode.valid) == (StopReason.AGENT_TIMEOUT, 1.0, False)
+
+
+def test_a_terminal_that_dies_ends_its_own_episode_only(tokenizer, monkeypatch):
+    run = Sandbox.run
+
+    def run_or_die(self, command, timeout=None):
+        if command == "die":  # the environment, not the agent, is killed
+            os.kill(self._process.pid, signal.SIGKILL)
+        return run(self, command, timeout)
+
+    monkeypatch.setattr(Sandbox, "run", run_or_die)
+    dead, alive = play(tokenizer, ["die"], [TASK.solution, "done"])
+    assert dead.stop is StopReason.INFRA_ERROR and dead.reward != dead.reward and dead.error and not dead.valid
+    assert (alive.stop, alive.reward) == (StopReason.DONE, 1.0)
+
+
+def test_a_terminal_that_cannot_open_is_an_infra_error(tokenizer, monkeypatch):
+    def refuse(*_):
+        raise TerminalDied("no terminal today")
+
+    monkeypatch.setattr(rollout_module, "open_terminal", refuse)
+    (episode,) = play(tokenizer, ["true"])
+    assert (episode.stop, episode.error) == (StopReason.INFRA_ERROR, "no terminal today")
+
+
+def test_rollouts_are_a_function_of_their_key(model, tokenizer):
+    def sample(key, tasks=2, members=3):
+        batch = sample_episodes(model, tokenizer, load_world("tool").train[:tasks], members, CONFIG, key)
+        return [e.transcript.ids for e in batch]
+
+    config = sample((1, 5, 9))
+    assert config == sample((1, 5, 9))
+    assert config != sample((1, 5, 10))
+    assert sample((1, 5, 9), tasks=1) == config[:3]  # other groups in the batch change nothing
+    assert len({tuple(ids) for ids in config}) > 1  # members differ

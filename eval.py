@@ -58,7 +58,7 @@ def evaluate(model, tokenizer, tasks: list[Task], expert: list[Transcript], conf
     return rates | {"eval_tasks": len(tasks), "expert_ce": observation_ce(model, expert)}
 
 
-def main() -> None:
+def cli(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or an arm's folder (its newest one)")
     parser.add_argument("--tasks", default="world:tool", help="world:NAME (its held-out tasks)")
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N transcripts in colour")
     parser.add_argument("--png", type=Path, help="draw the first shown transcript to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         folder = found[1] if (found := checkpoint.latest(args.checkpoint)) else args.checkpoint
         model, tokenizer = load_policy(folder)
@@ -119,4 +119,4 @@ def summarise(episodes, greedy, k: int, model) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli()

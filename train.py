@@ -198,9 +198,13 @@ def main(config: Config, folder: Path) -> None:
     print(f"{folder}: curves.png, metrics.jsonl, transcripts/ and a checkpoint of each arm")
 
 
-if __name__ == "__main__":
-    config, folder = parse_args()
+def cli(argv: list[str] | None = None) -> None:
+    config, folder = parse_args(argv)
     try:
         main(config, folder)
     except (ValueError, OSError, RunStopped, SandboxUnavailable, KeyboardInterrupt) as error:
         sys.exit(f"train.py: {error or 'interrupted'}\nWhat is saved stays: python train.py --resume {folder}")
+
+
+if __name__ == "__main__":
+    cli()

@@ -78,9 +78,13 @@ def collapse_alarm(history: list[dict], window: int = 20) -> str | None:
 
 
 def tokens_with_surprise(tokenizer, transcript: Transcript, surprise: dict[int, float]) -> list[tuple[str, Role, float]]:
-    """-> (text, role, nats or 0) for each token."""
+    """-> (text, role, nats or 0) for each token. Control characters become dots: they would act on the reader's screen."""
+
+    def shown(i: int) -> str:
+        return "".join(c if c.isprintable() or c == "\n" else "·" for c in tokenizer.decode([i]))
+
     return [
-        (tokenizer.decode([i]), Role(role), surprise.get(t, 0.0))
+        (shown(i), Role(role), surprise.get(t, 0.0))
         for t, (i, role) in enumerate(zip(transcript.ids, transcript.roles, strict=True))
     ]
 
@@ -113,7 +117,7 @@ def draw_transcript(tokens: list[tuple[str, Role, float]], path: Path, title: st
     """The picture that explains ECHO: who wrote each token, and each observation token shaded by its surprise."""
     cells, line, column = [], 0, 0
     for text, role, nats in tokens:
-        for piece in text.replace("\t", " ").splitlines(keepends=True):
+        for piece in text.splitlines(keepends=True):
             shown = piece.rstrip("\n")
             if column + len(shown) > columns:
                 line, column = line + 1, 0

@@ -10,8 +10,8 @@ can neither see, signal nor trace the supervisor, nor reach the pipe of the verd
 hearsay. A verifier that RUNS the agent's files gives them its own powers, unless it shuts them in as well:
 `setsid unshare -U --map-current-user -pf --mount-proc bash FILE`.
 
-Memory is bounded for each process (memory_mb) and each file system (work_mb); a bound on the whole would take
-cgroups. Since Linux 5.14 processes are counted for each sandbox, before that for all of them together.
+Memory is bounded for each process (memory_mb) and file system (work_mb); the whole would take cgroups.
+Processes are counted for each sandbox since Linux 5.14, before that for all of them together.
 """
 
 import atexit
@@ -33,10 +33,7 @@ from echo_min.tasks import Limits, Task
 START_SECONDS = 10.0  # for a sandbox to come up on a crowded machine
 GRACE_SECONDS = 3.0  # beyond a time limit, to kill what is late: milliseconds, but the machine may be crowded
 PIPE_BYTES = 64 * 1024  # what a pipe holds: the longest command, and all that one read can find
-HELP = (
-    "allow user namespaces (Ubuntu 24.04: sudo sysctl kernel.apparmor_restrict_unprivileged_userns=0), "
-    "or use Docker: --backend docker"
-)
+HELP = "allow user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0) or use --backend docker"
 
 # Takes orders on stdin, answers on stdout. At EOF, as the host closed the pipe or died, it ends and, being
 # pid 1, takes all else along. (Not --die-with-parent: that fires when the THREAD which started bwrap ends.)
@@ -82,8 +79,9 @@ while IFS= read -r -d '' command; do
     } </dev/null >&3 2>&3 3>&- &
     # bash may also return from `wait` for a signal that came just after the last one
     while wait -f $!; code=$?; [[ ! $late ]] && kill -0 $!; do :; done
-    list=(/proc/[0-9]*)  # so many that the next command would have no room?
-    if [[ $late ]] || ((${#list[@]} > processes / 2 + 1)); then reap; fi
+    if [[ $late ]]; then reap; fi
+    list=(/proc/[0-9]*)  # so many that the next command would have no room? then none may stay
+    if ((${#list[@]} > processes / 2 + 1)); then before=' /proc/1 ' && reap; fi
     echo ${late:-$code}
 done
 """
@@ -270,9 +268,8 @@ def _files(task: Task) -> dict[tuple[str, str], int]:
 
 def _settings(limits: Limits) -> str:
     """The limits as bash assignments; sizes in KiB, as ulimit takes them."""
-    memory, file, cpu = limits.memory_mb * 1024, limits.work_mb * 1024, math.ceil(limits.agent_seconds)
-    more = f"processes={limits.processes} seconds={limits.verifier_seconds}\n"
-    return f"memory={memory} file={file} cpu={cpu} {more}"
+    return f"""memory={limits.memory_mb * 1024} file={limits.work_mb * 1024} processes={limits.processes}
+        cpu={math.ceil(limits.agent_seconds)} seconds={limits.verifier_seconds}\n"""
 
 
 def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> list[str]:
@@ -284,20 +281,18 @@ def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> l
         bash --norc --noprofile /opt/relay'\n"""
     command = [binary, *binds]
     if os.geteuid() == 0:  # root is exempt from the limit on processes: a fork bomb would take the machine
-        drop = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]  # Popen(user=...) can't vfork
-        command = drop + command
+        # not Popen(user=...), which copies this process's page tables to fork
+        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *command]
     command += f"""--unshare-all --as-pid-1 --uid 1000 --gid 1000 --hostname sandbox --clearenv
         --setenv PATH /usr/bin:/bin --setenv HOME /work --setenv LC_ALL C --ro-bind /usr /usr
+        --symlink usr/bin /bin --symlink usr/sbin /sbin --symlink usr/lib /lib --symlink usr/lib64 /lib64
         --ro-bind-try /etc/alternatives /etc/alternatives --ro-bind-try /etc/ld.so.cache /etc/ld.so.cache
         --proc /proc --dev /dev {tmpfs} /tmp {tmpfs} /work""".split()
-    for name in ("/bin", "/sbin", "/lib", "/lib64"):
-        link = os.path.islink(name)
-        command += ["--symlink", os.readlink(name), name] if link else ["--ro-bind-try", name, name]
     for (path, mode), file in files.items():
         command += ["--perms", mode, "--file", str(file), path]
     # Both are in memory and would have no bound; /dev/shm lies in /dev.
     command += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/work"]
-    # bash can't give its commands back a signal that was ignored from the start, under nohup say: env can.
+    # env, as bash can't give its commands back a signal that was ignored from the start: under nohup, say.
     command += ["env", "--default-signal", "bash", "--norc", "--noprofile", "-c"]
     return [*command, _settings(limits) + inner + pipes + SUPERVISOR]
 

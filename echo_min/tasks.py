@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 class Limits:
     """What one episode of a task may take. Times in seconds, sizes in MiB."""
 
-    command_seconds: float = 2.0  # one command
+    command_seconds: float = 5.0  # one command
     agent_seconds: float = 60.0  # all turns together
     verifier_seconds: float = 5.0
     memory_mb: int = 256  # address space of one process

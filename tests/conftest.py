@@ -1,6 +1,7 @@
 import os
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the same numbers everywhere
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers everywhere
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch

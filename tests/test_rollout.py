@@ -86,7 +86,7 @@ def test_a_terminal_that_dies_ends_its_own_episode_only(tokenizer, monkeypatch):
 
     def run_or_die(self, command, timeout=None):
         if command == "die":  # the environment, not the agent, is killed
-            os.kill(self._process.pid, signal.SIGKILL)
+            os.killpg(self._process.pid, signal.SIGKILL)
         return run(self, command, timeout)
 
     monkeypatch.setattr(Sandbox, "run", run_or_die)

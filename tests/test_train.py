@@ -1,29 +1,34 @@
 """The whole program through its command line: a tiny run, resume bit for bit, and one clear line for every wrong input."""
 
 import json
-import subprocess
-import sys
+import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import eval
 import train
 from echo_min import checkpoint
 from echo_min.config import Config
+from echo_min.sandbox import Sandbox, SandboxUnavailable
+from echo_min.worlds import load_world
 
-ROOT = Path(__file__).parent.parent
+TASK = load_world("tool").train[0]
 SMALL = Config(
-    name="small", arms="echo", device="cpu", threads=1, base_demonstrations=200, base_steps=3, steps=4, tasks_per_step=2,
+    name="small", arms="echo", device="cpu", threads=1, base_demonstrations=24, base_steps=3, steps=4, tasks_per_step=2,
     group_size=3, eval_every=2, eval_tasks=4,
 )  # fmt: skip
 
 
-def command_line(*flags, cwd, program="train.py"):
-    done = subprocess.run([sys.executable, ROOT / program, *flags], cwd=cwd, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stdout, done.stderr
+def refused(program, flags, capsys):
+    """Run a command line that must end the program. -> the one line that it prints."""
+    with pytest.raises(SystemExit) as stop:
+        program.cli(flags)
+    message = str(stop.value.code) + capsys.readouterr().err
+    assert stop.value.code not in (0, None)
+    return message
 
 
 def metrics(folder):
@@ -59,8 +64,21 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert trained[0]["mismatch"] < 1e-4 and abs(trained[0]["ratio"] - 1) < 1e-4  # sampler and trainer agree
 
 
+@pytest.fixture()
+def run(finished, tmp_path):
+    """A new run folder with the base of the finished one."""
+    shutil.copytree(finished / "base", tmp_path / "run" / "base")
+    return tmp_path / "run"
+
+
+def test_the_base_is_made_alike_twice(finished, tmp_path):
+    train.main(replace(SMALL, steps=0), tmp_path)
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "base" / name).read_bytes() == (finished / "base" / name).read_bytes()
+
+
 @pytest.mark.parametrize("stop_after", [1, 2])
-def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path, monkeypatch, stop_after):
+def test_resumed_equals_uninterrupted_bit_for_bit(finished, run, monkeypatch, stop_after):
     real = train.update
 
     def killed_at(model, optimizer, episodes, arm, step, config):
@@ -70,54 +88,54 @@ def test_resumed_equals_uninterrupted_bit_for_bit(finished, tmp_path, monkeypatc
 
     monkeypatch.setattr(train, "update", killed_at)
     with pytest.raises(KeyboardInterrupt):
-        train.main(SMALL, tmp_path)
+        train.main(SMALL, run)
     monkeypatch.undo()
-    assert checkpoint.latest(tmp_path / "echo")[0] == stop_after
-    train.main(Config.load(tmp_path / "config.json"), tmp_path)
-    assert metrics(tmp_path) == metrics(finished)
+    assert checkpoint.latest(run / "echo")[0] == stop_after
+    train.main(Config.load(run / "config.json"), run)
+    assert metrics(run) == metrics(finished)
     for name, tensor in weights(finished).items():
-        assert torch.equal(tensor, weights(tmp_path)[name]), name
+        assert torch.equal(tensor, weights(run)[name]), name
 
 
-def test_a_metrics_file_cut_short_by_a_kill_is_mended(finished, tmp_path):
-    train.main(replace(SMALL, steps=2), tmp_path)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
+def test_a_metrics_file_cut_short_by_a_kill_is_mended(finished, run):
+    train.main(replace(SMALL, steps=2), run)
+    with open(run / "metrics.jsonl", "a") as file:
         file.write('{"arm": "echo", "step": 3, "rew')
-    train.main(SMALL, tmp_path)
-    assert metrics(tmp_path) == metrics(finished)
+    train.main(SMALL, run)
+    assert metrics(run) == metrics(finished)
 
 
-def test_a_metrics_file_broken_in_the_middle_is_named(finished, tmp_path):
-    train.main(replace(SMALL, steps=2), tmp_path)
-    path = tmp_path / "metrics.jsonl"
+def test_a_metrics_file_broken_in_the_middle_is_named(finished, run):
+    train.main(replace(SMALL, steps=2), run)
+    path = run / "metrics.jsonl"
     path.write_text("not json\n" + path.read_text())
     with pytest.raises(ValueError, match="metrics.jsonl, line 1"):
-        train.main(SMALL, tmp_path)
+        train.main(SMALL, run)
 
 
-def test_a_checkpoint_is_whole_or_absent(finished, tmp_path, monkeypatch):
-    train.main(replace(SMALL, steps=1), tmp_path)
-    whole = checkpoint.latest(tmp_path / "echo")
+def test_a_checkpoint_is_whole_or_absent(finished, run, monkeypatch):
+    train.main(replace(SMALL, steps=2), run)
+    whole = checkpoint.latest(run / "echo")
 
     def disk_full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(OSError, match="No space left"):
-        train.main(replace(SMALL, steps=2), tmp_path)
-    assert checkpoint.latest(tmp_path / "echo") == whole
+        train.main(SMALL, run)
+    assert checkpoint.latest(run / "echo") == whole
     monkeypatch.undo()
-    train.main(SMALL, tmp_path)
-    assert metrics(tmp_path) == metrics(finished)
+    train.main(SMALL, run)
+    assert metrics(run) == metrics(finished)
 
 
-def test_eval_measures_and_shows_a_checkpoint(finished, tmp_path):
-    flags = [str(finished / "echo"), "--tasks", "world:tool", "-k", "2", "--limit", "4", "--show", "1", "--png", "t.png"]
-    code, out, err = command_line(*flags, cwd=tmp_path, program="eval.py")
-    assert code == 0, err
+def test_eval_measures_and_shows_a_checkpoint(finished, tmp_path, capsys):
+    png = tmp_path / "t.png"
+    eval.cli([str(finished / "echo"), "--tasks", "world:tool", "-k", "2", "--limit", "4", "--show", "1", "--png", str(png)])
+    out = capsys.readouterr().out
     for word in ("pass@1 sampled", "pass@2 sampled", "pass@1 greedy", "max_turns", "turns", "observation CE", "\x1b["):
         assert word in out
-    assert (tmp_path / "t.png").stat().st_size > 5000
+    assert png.stat().st_size > 5000
 
 
 @pytest.mark.parametrize(
@@ -139,32 +157,32 @@ def test_eval_measures_and_shows_a_checkpoint(finished, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_input_is_one_clear_line(tmp_path, flags, message):
-    code, _, err = command_line(*flags, cwd=tmp_path)
-    assert code != 0 and message in err and "Traceback" not in err
+def test_wrong_input_is_one_clear_line(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(train, flags, capsys)
 
 
-def test_a_run_folder_is_never_overwritten(finished, tmp_path):
-    run = tmp_path / "runs" / "tiny"
-    run.mkdir(parents=True)
-    replace(SMALL, name="tiny", learning_rate=1e-5).save(run / "config.json")
-    code, _, err = command_line("--learning_rate", "1e-4", cwd=tmp_path)
-    assert code != 0 and "runs/tiny holds a run with another" in err and "learning_rate" in err
+def test_a_run_folder_is_never_overwritten(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    replace(SMALL, name="tiny", learning_rate=1e-5).save(tmp_path / "runs" / "tiny" / "config.json")
+    said = refused(train, ["--learning_rate", "1e-4"], capsys)
+    assert "runs/tiny holds a run with another" in said and "learning_rate" in said
 
 
-def test_a_foreign_checkpoint_is_refused(finished, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
+def test_a_foreign_checkpoint_is_refused(finished, run, capsys):
     SMALL.save(run / "config.json")
     step = checkpoint.latest(finished / "echo")[1]
-    (run / "base").symlink_to(finished / "base")
-    (run / "echo" / step.name).mkdir(parents=True)
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-        (run / "echo" / step.name / name).write_bytes((step / name).read_bytes())
-    code, _, err = command_line("--resume", str(run), cwd=tmp_path)
-    assert code != 0 and "not a checkpoint to resume from" in err and "Traceback" not in err
+    shutil.copytree(step, run / "echo" / step.name, ignore=shutil.ignore_patterns("optimizer.pt"))
+    assert "not a checkpoint to resume from" in refused(train, ["--resume", str(run)], capsys)
 
 
-def test_eval_refuses_what_is_no_checkpoint(tmp_path):
-    code, _, err = command_line(str(tmp_path), cwd=tmp_path, program="eval.py")
-    assert code != 0 and "neither a checkpoint folder nor a model" in err and "Traceback" not in err
+def test_a_refused_sandbox_says_what_to_do(run, monkeypatch, capsys):
+    monkeypatch.setattr("echo_min.rollout.open_terminal", lambda *_: Sandbox(TASK, 9))
+    monkeypatch.setattr("echo_min.sandbox._bwrap", lambda: (_ for _ in ()).throw(SandboxUnavailable("no bwrap; --backend docker")))
+    SMALL.save(run / "config.json")
+    assert "--backend docker" in refused(train, ["--resume", str(run)], capsys)
+
+
+def test_eval_refuses_what_is_no_checkpoint(tmp_path, capsys):
+    assert "neither a checkpoint folder nor a model" in refused(eval, [str(tmp_path)], capsys)

@@ -15,9 +15,9 @@ cross-entropy on others are plain torch over two slices of logp. The work is thr
 dW, left to the vendor's library), one read of the logits in forward, one read and write in backward.
 
 Memory: logits that fit in `logit_bytes` are kept from forward to backward, where G is written over them.
-Beyond it they are computed in slices of the vocabulary, and once more in backward: a fourth GEMM for a bounded
-buffer. A slice owns its rows of dW; only dh[N, d] adds up over slices, in float32. Prompt and padding never
-reach the head; rows with g = 0 (clipped tokens, groups of equal reward) skip dh and dW.
+Beyond it they are computed in slices of the vocabulary, and once more in backward: a fourth GEMM for a
+bounded buffer. A slice owns its rows of dW; only dh[N, d] adds up over slices, in float32. Prompt and padding
+never reach the head; rows with g = 0 (clipped tokens, groups of equal reward) skip dh and dW.
 
 logit_rows.py does what happens to the logits themselves: two Triton kernels and their twin in plain torch.
 """

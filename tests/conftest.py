@@ -8,7 +8,7 @@ import torch
 
 from echo_min.policy import tiny_model, tiny_tokenizer
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # models this small only lose time to a second thread
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,9 @@
     python -m kernels.bench --rows 8192 --vocab 151936 --hidden 4096 --dtype bfloat16
 
 Every contender turns hidden states, head weight and targets into the gradients of the summed log-probability
-of the active rows. Rounds are interleaved, so that a slow minute of the machine hits all alike, and ratios are
-taken within a round. An inactive row has weight 0 and stays in the batch: who can leave it out may. Brackets
-hold the median with 95 % or more. Peers come with `pip install .[bench]`; one that is missing is left out.
+of the active rows. Rounds are interleaved, so that a slow minute of the machine hits all alike; ratios are taken
+within a round. An inactive row has weight 0 and stays in the batch: who can leave it out may. Brackets hold the
+median with 95 % or more. Peers come with `pip install .[bench]`; without it they are left out.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from kernels.segment_logprob import row_logprobs
 MiB = 1 << 20
 
 
-# ---- contenders: (hidden[N, d], weight[V, d], targets[N], active[N]) -> logp of all or active rows, or a loss ----
+# ---- contenders: (hidden[N, d], weight[V, d], targets[N], active[N]) -> logp[N or active], or a loss ----
 
 
 def naive(hidden, weight, targets, active):

@@ -17,7 +17,7 @@ class Config:
     seed: int = _f(1, "seed of the base, the task order and every rollout")
     arms: str = _f("grpo,echo", "trained one after the other from the same base, tasks and seeds: grpo, echo, placebo")
     device: str = _f("auto", "torch device; auto is cuda if there is one")
-    threads: int = _f(0, "torch CPU threads; 0 leaves torch's choice")
+    threads: int = _f(1, "torch CPU threads; a tiny model only loses time to a second one; 0: as torch chooses")
 
     # tasks and terminal
     tasks: str = _f("world:tool", "world:NAME, or a folder of Harbor tasks")

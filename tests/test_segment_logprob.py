@@ -10,6 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import logit_rows
@@ -372,6 +373,7 @@ def broken(name, value):
         ("observation_mask", lambda t: t[:2]),
         ("observation_mask", lambda t: t | torch.tensor([True] + 8 * [False])),
         ("observation_mask", lambda t: None),
+        ("observation_mask", lambda t: t.to("meta")),
         ("action_temperature", lambda t: 0.0),
         ("observation_temperature", lambda t: -1.0),
         ("observation_temperature", lambda t: float("nan")),
@@ -472,3 +474,17 @@ def test_head_on_a_gpu(dtype, share):
     close(logp, want.detach(), 1e-5 if dtype == torch.float32 else 5e-2)
     for have, wanted in zip(got, torch.autograd.grad(want, (h, W), g.double()), strict=True):
         gradients_close(have, wanted, 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_row_offsets_on_a_gpu():
+    N, V = 14200, 151936  # 2.2e9 logits
+    x, y = torch.zeros(N, V, dtype=torch.bfloat16, device="cuda"), torch.arange(N, device="cuda")
+    ones = torch.ones(N, device="cuda")
+    x[-1, N - 1] = 5.0
+    stats = logit_rows.Stats.empty(ones)
+    logit_rows.forward_rows(x, y, ones, stats)
+    p = torch.softmax(x[-1].double(), 0)
+    close(stats.logp(ones)[-1:], p[N - 1 : N].log())
+    logit_rows.backward_rows_(x, None, y, ones, stats.xmax, stats.total.log(), ones)
+    gradients_close(x[-1], F.one_hot(y[-1], V) - p, 2**-8)

@@ -1,0 +1,29 @@
+# Takes commands on stdin, answers on stdout; what was stderr becomes the commands' output. The limits are the
+# commands' own: it can fork when the agent no longer can. Only builtins: a fork costs half a command.
+# Job control here, or else bash would start a command in the background with SIGINT ignored.
+set -m; exec 3>&2 2>/dev/null
+trap late=late URG
+reap() {  # stop all that the command started, lest parents report killed children; then kill until none lives
+    local signal found process line
+    for ((signal = 19, found = 1; found; signal = 9)); do
+        found=0
+        for process in /proc/[0-9]*; do
+            [[ $before == *" $process "* ]] && continue
+            read -r line <$process/stat && [[ ${line##*)} != ' Z'* ]] || continue
+            kill -$signal ${process#/proc/} && found=1
+        done
+    done
+}
+echo ready
+while IFS= read -r -d '' command; do
+    list=(/proc/[0-9]*) late=
+    before=" ${list[*]} "
+    { ulimit -c 0 -t $cpu -f $file -n 256 -u $processes -v $memory && exec -a bash /bin/bash -c -- "$command"
+    } </dev/null >&3 2>&3 3>&- &
+    # bash may also return from `wait` for a signal that came just after the last one
+    while wait -f $!; code=$?; [[ ! $late ]] && kill -0 $!; do :; done
+    if [[ $late ]]; then reap; fi
+    list=(/proc/[0-9]*)  # so many that the next command would have no room? then none may stay
+    if ((${#list[@]} > processes / 2 + 1)); then before=' /proc/1 ' && reap; fi
+    echo ${late:-$code}
+done

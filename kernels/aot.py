@@ -137,7 +137,7 @@ def main():
         for name, kernel in kernels.items():
             for dtype, aligned in (("bf16", True), ("fp32", True), ("bf16", False)):
                 cells = resources(compiled(kernel, arch, dtype, aligned)).values()
-                V = "16 k" if aligned else "odd"
+                V = "multiple of 16" if aligned else "odd"
                 print(f"| sm_{arch} ({gpu}) | {name} | {dtype} | {V} | {' | '.join(map(str, cells))} |")
     print("\n| V | kernel | bytes a row | least possible | ratio |\n|--:|---|--:|--:|--:|")
     for V in (49152, 151936):

@@ -4,9 +4,9 @@
     python -m kernels.bench --rows 8192 --vocab 151936 --hidden 4096 --dtype bfloat16
 
 Every contender turns hidden states, head weight and targets into the gradients of the summed log-probability
-of the active rows. Rounds are interleaved, so that a slow minute of the machine hits all alike; ratios are taken
-within a round. An inactive row has weight 0 and stays in the batch: who can leave it out may. Brackets hold the
-median with 95 % or more. Peers come with `pip install .[bench]`; without it they are left out.
+of the active rows. Rounds are interleaved, so that a slow minute of the machine hits all alike; ratios are
+taken within a round. An inactive row has weight 0 and stays in the batch: who can leave it out may. Brackets
+hold the median with 95 % or more. Peers come with `pip install .[bench]`; without it they are left out.
 """
 
 import argparse

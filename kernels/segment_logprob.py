@@ -176,8 +176,8 @@ def dual_segment_logprobs(
     of row_logprobs, whose logit_bytes and errors apply. With return_entropy the result is
     (logp_action, logp_observation, entropy_action, entropy_observation).
 
-    Raises ValueError or TypeError that names the argument: wrong shape or dtype, a marked token 0, masks that
-    overlap, a temperature that is not positive.
+    Raises ValueError or TypeError that names the argument: wrong shape, dtype or device, a marked token 0,
+    masks that overlap, a temperature that is not positive.
     """
     if not isinstance(hidden, Tensor) or hidden.dim() != 3:
         raise ValueError(f"hidden must have shape [B, T, d], got {shape_of(hidden)}")
@@ -187,6 +187,8 @@ def dual_segment_logprobs(
             raise ValueError(f"{name} must have shape [B, T] = [{B}, {T}], got {shape_of(value)}")
         if value.dtype != (torch.int64 if name == "ids" else torch.bool):
             raise TypeError(f"{name} must be {'int64' if name == 'ids' else 'bool'}, got {value.dtype}")
+        if value.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden.device} like hidden, got {value.device}")
     taus = {"action_temperature": action_temperature, "observation_temperature": observation_temperature}
     for name, tau in taus.items():
         if not tau > 0:

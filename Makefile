@@ -23,3 +23,10 @@ lint: .venv/ready
 
 mutate: .venv/ready
 	$(PY) tests/mutate.py
+
+.PHONY: figures reproduce
+figures: .venv/ready
+	$(PY) figures/learning_curves.py
+
+reproduce: .venv/ready
+	$(PY) figures/learning_curves.py --run

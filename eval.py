@@ -1,6 +1,6 @@
 """How good is a policy? pass@1 and pass@k, stop reasons, observation CE, and transcripts shaded by surprise.
 
-    python eval.py runs/tiny/echo --tasks world:tool -k 5 --show 3
+python eval.py runs/tiny/echo --tasks world:tool -k 5 --show 3
 """
 
 import argparse
@@ -22,7 +22,8 @@ from echo_min.worlds import World, load_world
 
 @torch.no_grad()
 def observation_logprobs(model, transcripts: list[Transcript]) -> list[dict[int, float]]:
-    """-> for each transcript: position of an observation token -> its log-probability at temperature 1, nats."""
+    """-> for each transcript: position of an observation token -> its log-probability at temperature 1,
+    nats."""
     out = []
     for start in range(0, len(transcripts), 64):
         ids, roles, _ = pad(transcripts[start : start + 64])
@@ -49,18 +50,26 @@ def expert_transcripts(tokenizer, world: World, config: Config) -> list[Transcri
     return [e.transcript for e in record(tokenizer, scripts, config)]
 
 
-def evaluate(model, tokenizer, tasks: list[Task], expert: list[Transcript], config: Config, step: int) -> dict:
+def evaluate(
+    model, tokenizer, tasks: list[Task], expert: list[Transcript], config: Config, step: int
+) -> dict:
     """One sampled and one greedy rollout of each task, and observation CE on the expert's trajectories."""
     rates = {}
     for name, key in (("pass_rate", (2, config.seed, step)), ("pass_rate_greedy", None)):
-        graded = [e.reward for e in sample_episodes(model, tokenizer, tasks, 1, config, key) if e.reward == e.reward]
+        graded = [
+            e.reward for e in sample_episodes(model, tokenizer, tasks, 1, config, key) if e.reward == e.reward
+        ]
         rates[name] = sum(graded) / max(len(graded), 1)
     return rates | {"eval_tasks": len(tasks), "expert_ce": observation_ce(model, expert)}
 
 
 def cli(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder, or an arm's folder (its newest one)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, help="a checkpoint folder, or an arm's folder (its newest one)"
+    )
     parser.add_argument("--tasks", default="world:tool", help="world:NAME (its held-out tasks)")
     parser.add_argument("--backend", default="sandbox", choices=("sandbox", "docker"))
     parser.add_argument("-k", type=int, default=1, help="sampled rollouts per task")
@@ -86,12 +95,18 @@ def cli(argv: list[str] | None = None) -> None:
     for start in range(0, len(tasks), 64):
         part = tasks[start : start + 64]
         episodes += sample_episodes(model, tokenizer, part, args.k, config, (3, args.seed, start))
-    greedy = [e for s in range(0, len(tasks), 64) for e in sample_episodes(model, tokenizer, tasks[s : s + 64], 1, config, None)]
+    greedy = [
+        e
+        for s in range(0, len(tasks), 64)
+        for e in sample_episodes(model, tokenizer, tasks[s : s + 64], 1, config, None)
+    ]
     summarise(episodes, greedy, args.k, model)
 
     shown = episodes[: args.show or bool(args.png)]
     for episode, logps in zip(shown, observation_logprobs(model, [e.transcript for e in shown]), strict=True):
-        tokens = report.tokens_with_surprise(tokenizer, episode.transcript, {t: -logp for t, logp in logps.items()})
+        tokens = report.tokens_with_surprise(
+            tokenizer, episode.transcript, {t: -logp for t, logp in logps.items()}
+        )
         print(f"\n--- {episode.task.name}: reward {episode.reward:g}, {episode.stop}\n{report.ansi(tokens)}")
         if args.png and episode is shown[0]:
             report.draw_transcript(tokens, args.png, f"{episode.task.name}, reward {episode.reward:g}")
@@ -106,7 +121,10 @@ def summarise(episodes, greedy, k: int, model) -> None:
     full = [rewards for rewards in by_task.values() if len(rewards) == k]
     mean, half = report.mean_interval([sum(r) / len(r) for r in by_task.values()])
     print(f"pass@1 sampled   {mean:.3f} +- {half:.3f}   ({len(by_task)} tasks x {k})")
-    for name, passed in ((f"pass@{k} sampled", [max(r) for r in full]), ("pass@1 greedy", [e.reward for e in greedy if e.reward == e.reward])):
+    for name, passed in (
+        (f"pass@{k} sampled", [max(r) for r in full]),
+        ("pass@1 greedy", [e.reward for e in greedy if e.reward == e.reward]),
+    ):
         low, high = report.wilson_interval(int(sum(passed)), len(passed))
         print(f"{name:16} {sum(passed) / len(passed):.3f} [{low:.3f}, {high:.3f}]")
     n = len(episodes)
@@ -114,8 +132,12 @@ def summarise(episodes, greedy, k: int, model) -> None:
     print(f"stops            {stops}")
     print(f"turns            {sum(e.turns for e in episodes) / n:.2f}")
     for role in (Role.ACTION, Role.OBSERVATION):
-        print(f"{role.name.lower()} tokens".ljust(16), f"{sum(e.transcript.count(role) for e in episodes) / n:.1f}")
-    print(f"observation CE   {observation_ce(model, [e.transcript for e in episodes]):.3f} nats/token (own episodes)")
+        print(
+            f"{role.name.lower()} tokens".ljust(16),
+            f"{sum(e.transcript.count(role) for e in episodes) / n:.1f}",
+        )
+    ce = observation_ce(model, [e.transcript for e in episodes])
+    print(f"observation CE   {ce:.3f} nats/token (own episodes)")
 
 
 if __name__ == "__main__":

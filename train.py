@@ -1,14 +1,14 @@
-"""GRPO and ECHO on terminal tasks: the training loop, top to bottom. `python train.py --help` lists every setting.
+"""GRPO and ECHO on terminal tasks, top to bottom. `python train.py --help` lists every setting.
 
-    for each step:
-        a group of rollouts for each of a few tasks             rollout.py: policy <-> real terminal, reward 0 or 1
-        advantage = (reward - group mean) / group std           grpo.py
-        roles -> masks -> weights of all tokens                 masking.py
-        one forward pass -> logprobs of actions and observations kernels/segment_logprob.py
-        loss = GRPO(actions) + env_weight * CE(observations)    grpo.py, echo.py
-        one optimizer step
+for each step:
+    a group of rollouts for each of a few tasks               rollout.py: policy <-> real terminal, reward 0
+    or 1 advantage = (reward - group mean) / group std             grpo.py
+    who wrote which token -> each token's weight              masking.py
+    one forward pass -> logprobs of actions and observations  kernels/segment_logprob.py
+    loss = GRPO(actions) + env_weight * CE(observations)      grpo.py, echo.py
+    one optimizer step
 
-What is not here, because the paper's recipe does without: KL, reference model, critic, entropy bonus, several updates
+Not here, because the paper's recipe does without: KL, reference model, critic, entropy bonus, a second update
 a batch.
 """
 
@@ -27,7 +27,7 @@ from echo_min.echo import echo_loss, permuted_targets
 from echo_min.grpo import group_advantages, grpo_loss
 from echo_min.masking import Role, observation_targets, observation_weights, pad, policy_weights
 from echo_min.policy import segment_logprobs
-from echo_min.rollout import Episode, StopReason, sample_episodes
+from echo_min.rollout import Episode, RunStopped, batch_metrics, sample_episodes
 from echo_min.sandbox import SandboxUnavailable
 from echo_min.sft import load_base, make_base
 from echo_min.tasks import Task
@@ -35,12 +35,8 @@ from echo_min.worlds import World, load_world
 from eval import evaluate, expert_transcripts
 
 
-class RunStopped(RuntimeError):
-    """Going on makes no sense; the message says why."""
-
-
 def pick_tasks(tasks: list[Task], step: int, config: Config) -> list[Task]:
-    """The step's tasks: every epoch a new order, a function of (seed, epoch) alone."""
+    """The step's tasks: every epoch in a new order, a function of (seed, epoch) alone."""
     first, picked = step * config.tasks_per_step, []
     for i in range(first, first + config.tasks_per_step):
         epoch, position = divmod(i, len(tasks))
@@ -62,79 +58,74 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def update(model, optimizer, episodes: list[Episode], arm: str, step: int, config: Config) -> dict:
-    """One optimizer step on a batch of episodes. -> metrics. Raises RunStopped on a loss that is not finite."""
+    """One optimizer step on a batch of episodes. -> metrics. Raises RunStopped on a loss that is not
+    finite."""
     episodes = [e for e in episodes if e.valid]
-    rewards = torch.tensor([e.reward for e in episodes])
-    groups = torch.tensor([e.group for e in episodes])
-    advantages = group_advantages(rewards, groups)  # [B]
+    groups = torch.tensor([e.group for e in episodes])  # [B]
+    advantages = group_advantages(torch.tensor([e.reward for e in episodes]), groups)  # [B]
     ids, roles, old_logprobs = pad([e.transcript for e in episodes])  # [B, T]
-    actions, observations = roles == Role.ACTION, observation_targets(roles, config.warnings_as_targets)  # [B, T]
+    actions = roles == Role.ACTION  # [B, T]
+    observations = observation_targets(roles, config.warnings_as_targets)  # [B, T]
+    # weights hold each term's normaliser over the whole batch, so micro-batches simply add up
     action_weights = policy_weights(roles, groups, config.policy_norm)  # [B, T]
     env_weights = observation_weights(roles, config.observation_norm, config.warnings_as_targets)  # [B, T]
     env_weight = 0.0 if arm == "grpo" else config.env_weight
     targets = ids
     if arm == "placebo":
-        targets = permuted_targets(ids, observations, torch.Generator().manual_seed(config.seed * 1_000_003 + step))
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        targets = permuted_targets(ids, observations, generator)
 
     total = dict.fromkeys(("policy_loss", "env_loss", "observation_ce", "mismatch", "ratio"), 0.0)
-    n_actions, n_observations = int(actions.sum()), int(observations.sum())
+    n_actions, n_observations = int(actions.sum()), max(int(observations.sum()), 1)
     for rows in micro_batches([len(e.transcript) for e in episodes], config.micro_batch_tokens):
         T = max(len(episodes[row].transcript) for row in rows)
         a, o = actions[rows, :T], observations[rows, :T]
-        device_ids, device_targets = (x[rows, :T].to(config.device) for x in (ids, targets))
+
+        def of(values: torch.Tensor, mask: torch.Tensor, rows=rows, T=T) -> torch.Tensor:
+            """The micro-batch's entries of values[B, T] under the mask, in the order of the logprobs."""
+            return values[rows, :T][mask].to(config.device)
+
         logp_action, logp_observation = segment_logprobs(
-            model, device_ids, device_targets, a, o, config.temperature, config.observation_temperature
+            model,
+            ids[rows, :T].to(config.device),
+            targets[rows, :T].to(config.device),
+            a.to(config.device),
+            o.to(config.device),
+            config.temperature,
+            config.observation_temperature,
         )  # [Na], [No]
-        old = old_logprobs[rows, :T][a].to(config.device)
-        advantage = advantages[rows, None].expand(-1, T)[a].to(config.device)
+        advantage, old = of(advantages[:, None].expand_as(ids), a), of(old_logprobs, a)
         policy_loss = grpo_loss(
-            logp_action, old, advantage, action_weights[rows, :T][a].to(config.device), config.clip_low, config.clip_high
+            logp_action, old, advantage, of(action_weights, a), config.clip_low, config.clip_high
         )
-        env_loss = echo_loss(logp_observation, env_weights[rows, :T][o].to(config.device))
+        env_loss = echo_loss(logp_observation, of(env_weights, o))
         (policy_loss + env_weight * env_loss).backward()
 
         change = logp_action.detach() - old
         total["policy_loss"] += policy_loss.item()
         total["env_loss"] += env_loss.item()
-        total["observation_ce"] -= logp_observation.sum().item() / max(n_observations, 1)
+        total["observation_ce"] -= logp_observation.sum().item() / n_observations
         total["mismatch"] += change.abs().sum().item() / n_actions
         total["ratio"] += change.exp().sum().item() / n_actions
 
     total["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
-    if not all(map(torch.isfinite, map(torch.tensor, total.values()))):
-        raise RunStopped(f"step {step}: loss or gradient is not finite: {total}")
-    optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    if not torch.tensor(list(total.values())).isfinite().all():
+        raise RunStopped(f"step {step}: a loss or gradient is not finite: {total}")
+    optimizer.param_groups[0]["lr"] = config.learning_rate * min(
+        1.0, (step + 1) / max(config.warmup_steps, 1)
+    )
     optimizer.step()
     optimizer.zero_grad()
-    return total | {"mixed_groups": float((advantages != 0).float().mean())}
-
-
-def rollout_metrics(episodes: list[Episode]) -> dict:
-    """Means over the valid episodes of a batch. Raises RunStopped if the environment failed for most of them."""
-    failed = [e for e in episodes if e.stop is StopReason.INFRA_ERROR]
-    if 2 * len(failed) > len(episodes):
-        raise RunStopped(f"{len(failed)} of {len(episodes)} episodes failed in the environment: {failed[0].error}")
-    valid = [e for e in episodes if e.valid]
-    if not valid:
-        raise RunStopped("no episode of the batch can be trained on: all ran out of agent time or failed")
-    commands = [c for e in valid for c in e.commands]
-    return {
-        "reward": sum(e.reward for e in valid) / len(valid),
-        "turns": sum(e.turns for e in valid) / len(valid),
-        "action_tokens": sum(e.transcript.count(Role.ACTION) for e in valid) / len(valid),
-        "observation_tokens": sum(e.transcript.count(Role.OBSERVATION) for e in valid) / len(valid),
-        "warning_tokens": sum(e.transcript.count(Role.WARNING) for e in valid) / len(valid),
-        "command_diversity": len(set(commands)) / max(len(commands), 1),
-        "stop": {str(reason): sum(e.stop is reason for e in episodes) for reason in StopReason},
-    }
+    return total | {"mixed_groups": (advantages != 0).float().mean().item()}
 
 
 def train_arm(arm: str, config: Config, world: World, folder: Path) -> None:
     """Train one arm from the base, or from its newest checkpoint, to the last step."""
 
     def make_optimizer(model):
+        betas = config.beta1, config.beta2
         return torch.optim.AdamW(
-            model.parameters(), config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay
+            model.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay
         )
 
     metrics = folder / "metrics.jsonl"
@@ -149,10 +140,11 @@ def train_arm(arm: str, config: Config, world: World, folder: Path) -> None:
         return
     history = [r for r in report.read(metrics) if r["arm"] == arm and "reward" in r]
     expert = expert_transcripts(tokenizer, world, config)
+    held_out = world.held_out[: config.eval_tasks]
     last = {}
 
     def measure(step: int) -> None:
-        last.update(evaluate(model, tokenizer, world.held_out[: config.eval_tasks], expert, config, step))
+        last.update(evaluate(model, tokenizer, held_out, expert, config, step))
         report.log(metrics, {"arm": arm, "step": step, **last})
 
     if first == -1:  # nothing is saved yet
@@ -163,33 +155,37 @@ def train_arm(arm: str, config: Config, world: World, folder: Path) -> None:
         started = time.perf_counter()
         tasks = pick_tasks(world.train, step, config)
         episodes = sample_episodes(model, tokenizer, tasks, config.group_size, config, (1, config.seed, step))
+        record = batch_metrics(episodes)
         sampled = time.perf_counter()
-        record = rollout_metrics(episodes) | update(model, optimizer, episodes, arm, step, config)
-        now = time.perf_counter()
-        record |= {"rollout_seconds": sampled - started, "update_seconds": now - sampled}
+        record |= update(model, optimizer, episodes, arm, step, config)
+        ended = time.perf_counter()
+        record |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
         report.log(metrics, {"arm": arm, "step": step + 1, **record})
         history.append(record)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             measure(step + 1)
-            report.write_transcripts(folder / "transcripts" / f"{arm}-{step + 1:06d}.txt", tokenizer, episodes[:8])
+            report.write_transcripts(
+                folder / "transcripts" / f"{arm}-{step + 1:06d}.txt", tokenizer, episodes[:8]
+            )
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             checkpoint.save(folder / arm, step + 1, model, tokenizer, optimizer, config)
         if alarm := report.collapse_alarm(history):
             tqdm.write(f"warning, {arm}, step {step + 1}: {alarm}", file=sys.stderr)
         bar.set_postfix_str(
-            f"pass {last.get('pass_rate', 0):.2f}, reward {record['reward']:.2f}, CE {record['observation_ce']:.2f}, "
-            f"{len(episodes) / (now - started):.0f} rollouts/s"
+            f"pass {last.get('pass_rate', 0):.2f}, reward {record['reward']:.2f}, "
+            f"CE {record['observation_ce']:.2f}, {len(episodes) / (ended - started):.0f} rollouts/s"
         )
 
 
 def main(config: Config, folder: Path) -> None:
     """Base policy, every arm, one picture. A folder that holds a part of the same run is continued."""
-    config = replace(config, device=config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
-    if config.threads:
-        torch.set_num_threads(config.threads)
     world = load_world(config.tasks.removeprefix("world:"))
     folder.mkdir(parents=True, exist_ok=True)
     config.save(folder / "config.json")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = replace(config, device=config.device.replace("auto", device))
+    if config.threads:
+        torch.set_num_threads(config.threads)
     if config.model == "tiny" and not (folder / "base").exists():
         make_base(config, world, folder / "base")
     for arm in config.arms.split(","):
@@ -203,7 +199,8 @@ def cli(argv: list[str] | None = None) -> None:
     try:
         main(config, folder)
     except (ValueError, OSError, RunStopped, SandboxUnavailable, KeyboardInterrupt) as error:
-        sys.exit(f"train.py: {error or 'interrupted'}\nWhat is saved stays: python train.py --resume {folder}")
+        reason = str(error) or "interrupted"
+        sys.exit(f"train.py: {reason}\nWhat is saved stays: python train.py --resume {folder}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def latest(arm: Path) -> tuple[int, Path] | None:
 
 
 def restore(folder: Path, device: str, make_optimizer):
-    """-> (model, tokenizer, optimizer) as they were saved. Raises ValueError if the folder is no checkpoint of ours."""
+    """-> (model, tokenizer, optimizer) as they were saved. Raises ValueError if the folder is no checkpoint
+    of ours."""
     model, tokenizer = load_policy(folder, device)
     optimizer = make_optimizer(model)
     try:
@@ -59,7 +60,8 @@ def restore(folder: Path, device: str, make_optimizer):
 
 
 def truncate_metrics(path: Path, keep) -> None:
-    """Drop the lines of metrics.jsonl for which keep(line as a dict) is false, and a last line cut short by a kill.
+    """Drop the lines of metrics.jsonl for which keep(line as a dict) is false, and a last line cut short by a
+    kill.
 
     Raises ValueError naming any other line that is not JSON.
     """
@@ -73,7 +75,9 @@ def truncate_metrics(path: Path, keep) -> None:
         except json.JSONDecodeError:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, line {number}: not JSON; mend or remove that line, then resume") from None
+            raise ValueError(
+                f"{path}, line {number}: not JSON; mend or remove that line, then resume"
+            ) from None
         if keep(record):
             kept.append(line if line.endswith("\n") else line + "\n")
     new = path.with_suffix(".tmp")

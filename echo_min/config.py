@@ -15,9 +15,9 @@ class Config:
     # run
     name: str = _f("tiny", "run folder under runs/")
     seed: int = _f(1, "seed of the base, the task order and every rollout")
-    arms: str = _f("grpo,echo", "trained one after the other from the same base, tasks and seeds: grpo, echo, placebo")
+    arms: str = _f("grpo,echo", "runs from one base, tasks and seeds, in turn: grpo, echo, placebo")
     device: str = _f("auto", "torch device; auto is cuda if there is one")
-    threads: int = _f(1, "torch CPU threads; a tiny model only loses time to a second one; 0: as torch chooses")
+    threads: int = _f(1, "torch CPU threads; a second one slows a tiny model down; 0: as torch chooses")
 
     # tasks and terminal
     tasks: str = _f("world:tool", "world:NAME, or a folder of Harbor tasks")
@@ -44,7 +44,7 @@ class Config:
 
     # objective
     env_weight: float = _f(0.05, "lambda: weight of the observation CE in the arms echo and placebo")
-    observation_temperature: float = _f(1.0, "temperature of the observation CE; the released code: the sampler's")
+    observation_temperature: float = _f(1.0, "of the observation CE; the released code uses the sampler's")
     observation_norm: str = _f("observation", "observation 1/(B|O|), selected 1/(B|O'|), global 1/sum|O'|")
     policy_norm: str = _f("sequence", "sequence 1/(B|A|), token: one mean over a group's tokens")
     warnings_as_targets: bool = _f(False, "predict the harness's warnings too")
@@ -73,8 +73,8 @@ class Config:
                 setattr(self, f.name, value := float(value))
             if type(value) is not f.type:
                 raise ValueError(f"{f.name}: expected {f.type.__name__}, got {value!r}")
-        may_be_zero = {"seed", "threads", "base_steps", "base_observation_weight", "env_weight", "warmup_steps",
-                       "weight_decay", "beta1", "beta2", "clip_low", "clip_high", "steps"}  # fmt: skip
+        may_be_zero = """seed threads base_steps base_observation_weight env_weight warmup_steps weight_decay
+            beta1 beta2 clip_low clip_high steps""".split()
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type in (int, float) and not (value > 0 or (value == 0 and f.name in may_be_zero)):
@@ -115,13 +115,19 @@ PRESETS = {"tiny": {}}
 
 def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
     """-> (config, run folder). A wrong flag or value ends the program with one line that says what to do."""
-    parser = argparse.ArgumentParser(description="Train a terminal agent with GRPO and ECHO.", allow_abbrev=False)
-    parser.add_argument("--preset", default="tiny", choices=PRESETS, help="starting values of all fields below")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue runs/NAME after its last completed step")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Train a terminal agent: GRPO and ECHO.")
+    parser.add_argument(
+        "--preset", default="tiny", choices=PRESETS, help="starting values of the fields below"
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="RUN", help="continue runs/NAME after its last saved step"
+    )
     for f in fields(Config):
-        kind = _boolean if f.type is bool else f.type
-        parser.add_argument(f"--{f.name}", type=kind, default=argparse.SUPPRESS, metavar=f.type.__name__.upper(),
-                            help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"))  # fmt: skip
+        kind = boolean if f.type is bool else f.type
+        help = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
+        parser.add_argument(
+            f"--{f.name}", type=kind, default=argparse.SUPPRESS, metavar=kind.__name__, help=help
+        )
     given = vars(parser.parse_args(argv))
     preset, resume = given.pop("preset"), given.pop("resume")
     try:
@@ -130,7 +136,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
             saved = config.folder / "config.json"
             if saved.exists() and (old := asdict(Config.load(saved))) != asdict(config):
                 changed = [name for name, value in asdict(config).items() if old[name] != value]
-                raise ValueError(f"{config.folder} holds a run with another {', '.join(changed)}: pass a new --name")
+                raise ValueError(
+                    f"{config.folder} holds a run with another {', '.join(changed)}: pass --name"
+                )
             return config, config.folder
         if given:
             raise ValueError(f"--resume takes its settings from the run; remove --{' --'.join(given)}")
@@ -141,7 +149,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
         parser.error(str(error))
 
 
-def _boolean(text: str) -> bool:
+def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
     return text.lower() == "true"

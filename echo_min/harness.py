@@ -1,7 +1,7 @@
 """The conversation: how a task becomes a prompt, a reply a command, and a command's output the next message.
 
-Everything here is text with a role; ids are made elsewhere. The template is ChatML. A reply is one bash command as it
-would be typed, or the word `done`.
+Everything here is text with a role; ids are made elsewhere. The template is ChatML. A reply is one bash
+command as it would be typed, or the word `done`.
 """
 
 from dataclasses import dataclass, field
@@ -33,7 +33,8 @@ def prompt(task: Task) -> list[Segment]:
 
 
 def parse(reply: str, stopped_by: str | None) -> Action:
-    """reply: the text without its stop marker. stopped_by: that marker, or None if the token limit cut the reply."""
+    """reply: the text without its stop marker. stopped_by: that marker, or None if the token limit cut the
+    reply."""
     if stopped_by is None:
         return Action(warnings=["The reply was cut at its token limit; nothing was run."])
     if stopped_by != END:
@@ -48,7 +49,9 @@ def observation(output: Output | None, warnings: list[str], stopped_by: str | No
     """The message that answers a reply; output is None when nothing was run."""
     segments = [(Role.SCAFFOLD, ("" if stopped_by == END else END) + "\n<|im_start|>tool\n")]
     if warnings:
-        segments.append((Role.WARNING, "WARNINGS:\n" + "".join(f"- {warning}\n" for warning in warnings) + "\n"))
+        segments.append(
+            (Role.WARNING, "WARNINGS:\n" + "".join(f"- {warning}\n" for warning in warnings) + "\n")
+        )
     note = ""
     if output is not None:
         segments.append((Role.OBSERVATION, output.text))

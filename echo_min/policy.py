@@ -1,15 +1,22 @@
-"""The policy: a causal language model and its tokenizer, made from scratch or loaded in Hugging Face format."""
+"""The policy: a causal language model and its tokenizer, made from scratch or loaded in Hugging Face
+format."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.utils import logging
 
 from echo_min.harness import END, MARKERS
-from kernels.segment_logprob import dual_segment_logprobs
+from kernels.segment_logprob import dual_segment_logprobs, head_weight
 
 logging.disable_progress_bar()
 
@@ -20,11 +27,13 @@ CHATML = (
 
 
 def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the given texts: frequent words are one token, any other byte string has tokens too,
-    and decoding gives the text back exactly."""
+    """A byte-level BPE trained on the given texts: frequent words are one token, any other byte string has
+    tokens too, and decoding gives the text back exactly."""
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
@@ -63,16 +72,25 @@ def tiny_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
 
 
 def load_policy(name: str | Path, device: str = "cpu"):
-    """-> (model, tokenizer) from a checkpoint folder or a Hugging Face name. Raises ValueError saying what is wrong."""
+    """-> (model, tokenizer) from a checkpoint folder or a Hugging Face name. Raises ValueError saying what is
+    wrong."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{name}: neither a checkpoint folder nor a model that can be fetched ({reason})") from None
-    missing = [m for m in (END, "<|im_start|>") if tokenizer.convert_tokens_to_ids(m) in (None, tokenizer.unk_token_id)]
+        raise ValueError(
+            f"{name}: neither a checkpoint folder nor a model that can be fetched ({reason})"
+        ) from None
+    missing = [
+        m
+        for m in (END, "<|im_start|>")
+        if tokenizer.convert_tokens_to_ids(m) in (None, tokenizer.unk_token_id)
+    ]
     if missing:
-        raise ValueError(f"{name}: its tokenizer has no {' '.join(missing)}; only ChatML models are supported")
+        raise ValueError(
+            f"{name}: its tokenizer has no {' '.join(missing)}; only ChatML models are supported"
+        )
     return model.to(device), tokenizer
 
 
@@ -91,12 +109,13 @@ def segment_logprobs(
     action_temperature: float = 1.0,
     observation_temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One forward pass. ids, targets, masks [B, T] -> logprobs of the targets: (action[Na], observation[No]) float32.
+    """One forward pass. ids, targets, masks [B, T] -> logprobs of the targets: (action[Na], observation[No])
+    float32.
 
     targets is ids, except in a placebo. Padding must be on the right.
     """
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, d]
-    head = model.get_output_embeddings().weight
+    temperatures = action_temperature, observation_temperature
     return dual_segment_logprobs(
-        hidden, head, targets, action_mask, observation_mask, action_temperature, observation_temperature
+        hidden, head_weight(model), targets, action_mask, observation_mask, *temperatures
     )

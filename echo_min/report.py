@@ -6,9 +6,9 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first: there may be no screen)
+import matplotlib.pyplot as plt
 
-from echo_min.masking import Role, Transcript  # noqa: E402
+from echo_min.masking import Role, Transcript
 
 COLOURS = {"grpo": "#777777", "echo": "#d1495b", "placebo": "#3d6c9e"}
 
@@ -16,7 +16,9 @@ COLOURS = {"grpo": "#777777", "echo": "#d1495b", "placebo": "#3d6c9e"}
 def log(path: Path, record: dict) -> None:
     """Append one JSON line, whole or not at all."""
     with open(path, "a") as file:
-        file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}) + "\n")
+        file.write(
+            json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}) + "\n"
+        )
 
 
 def read(path: Path) -> list[dict]:
@@ -50,7 +52,9 @@ def draw_curves(records: list[dict], path: Path) -> None:
         steps = [r["step"] for r in evals]
         colour = COLOURS[arm]
         axes[0].plot(steps, [r["pass_rate"] for r in evals], color=colour, label=f"{arm}, sampled")
-        axes[0].plot(steps, [r["pass_rate_greedy"] for r in evals], color=colour, ls=":", label=f"{arm}, greedy")
+        axes[0].plot(
+            steps, [r["pass_rate_greedy"] for r in evals], color=colour, ls=":", label=f"{arm}, greedy"
+        )
         axes[1].plot(steps, [r["expert_ce"] for r in evals], color=colour, label=arm)
     axes[0].set(xlabel="step", ylabel="pass rate, held-out tasks", ylim=(0, 1.02))
     axes[1].set(xlabel="step", ylabel="observation CE, expert's episodes (nats/token)", ylim=(0, None))
@@ -63,8 +67,9 @@ def draw_curves(records: list[dict], path: Path) -> None:
 
 
 def collapse_alarm(history: list[dict], window: int = 20) -> str | None:
-    """A warning when observation CE and command diversity have both fallen by a third over `window` steps while the
-    reward has not risen: the policy may be choosing commands whose output is trivial to predict (paper, section 4)."""
+    """A warning when observation CE and command diversity have both fallen by a third over `window` steps
+    while the reward has not risen: the policy may be choosing commands whose output is trivial to predict
+    (paper, section 4)."""
     if len(history) < 2 * window:
         return None
     before, now = history[-2 * window : -window], history[-window:]
@@ -77,8 +82,11 @@ def collapse_alarm(history: list[dict], window: int = 20) -> str | None:
         return "observation CE and command diversity fall together while reward does not rise: collapse?"
 
 
-def tokens_with_surprise(tokenizer, transcript: Transcript, surprise: dict[int, float]) -> list[tuple[str, Role, float]]:
-    """-> (text, role, nats or 0) for each token. Control characters become dots: they would act on the reader's screen."""
+def tokens_with_surprise(
+    tokenizer, transcript: Transcript, surprise: dict[int, float]
+) -> list[tuple[str, Role, float]]:
+    """-> (text, role, nats or 0) for each token. Control characters become dots: they would act on the
+    reader's screen."""
 
     def shown(i: int) -> str:
         return "".join(c if c.isprintable() or c == "\n" else "·" for c in tokenizer.decode([i]))
@@ -90,7 +98,8 @@ def tokens_with_surprise(tokenizer, transcript: Transcript, surprise: dict[int, 
 
 
 def ansi(tokens: list[tuple[str, Role, float]]) -> str:
-    """A transcript for a terminal: actions bold, scaffold dim, observation tokens on red, deeper for more surprise."""
+    """A transcript for a terminal: actions bold, scaffold dim, observation tokens on red, deeper for more
+    surprise."""
     out = []
     for text, role, nats in tokens:
         style = {Role.ACTION: "1;36", Role.WARNING: "33", Role.SCAFFOLD: "2"}.get(role, "0")
@@ -113,15 +122,20 @@ def write_transcripts(path: Path, tokenizer, episodes: list) -> None:
     path.write_text("\n".join(parts))
 
 
-def draw_transcript(tokens: list[tuple[str, Role, float]], path: Path, title: str = "", columns: int = 72) -> None:
-    """The picture that explains ECHO: who wrote each token, and each observation token shaded by its surprise."""
+def draw_transcript(
+    tokens: list[tuple[str, Role, float]], path: Path, title: str = "", columns: int = 72
+) -> None:
+    """The picture that explains ECHO: who wrote each token, and each observation token shaded by its
+    surprise."""
     cells, line, column = [], 0, 0
     for text, role, nats in tokens:
         for piece in text.splitlines(keepends=True):
             shown = piece.rstrip("\n")
             if column + len(shown) > columns:
                 line, column = line + 1, 0
-            cells.append((line, column, shown + "⏎" * (role is Role.OBSERVATION and piece != shown), role, nats))
+            cells.append(
+                (line, column, shown + "⏎" * (role is Role.OBSERVATION and piece != shown), role, nats)
+            )
             column += len(shown)
             if piece.endswith("\n"):
                 line, column = line + 1, 0
@@ -140,7 +154,9 @@ def draw_transcript(tokens: list[tuple[str, Role, float]], path: Path, title: st
             ink = "black" if role is Role.PROMPT else "#b8860b"
         if face != "none" and text:
             ax.add_patch(plt.Rectangle((start + 0.05, row - 0.42), len(text) - 0.1, 0.84, color=face, lw=0))
-        for i, character in enumerate(text):  # one cell a character: alignment does not depend on the font's metrics
+        for i, character in enumerate(
+            text
+        ):  # one cell a character: alignment does not depend on the font's metrics
             ax.text(start + i + 0.5, row, character, color=ink, weight=weight, family="monospace", fontsize=9,
                     ha="center", va="center")  # fmt: skip
     ax.set(xlim=(0, width), ylim=(line + 0.7, -0.7), title=title)

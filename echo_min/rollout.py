@@ -1,6 +1,8 @@
-"""Rollouts: a policy and a terminal take turns until an episode stops; then the task's verifier gives the reward."""
+"""Rollouts: a policy and a terminal take turns until an episode stops; then the task's verifier gives the
+reward."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +17,10 @@ from echo_min.policy import marker_ids
 from echo_min.sampler import Sampler
 from echo_min.sandbox import TerminalDied, open_terminal
 from echo_min.tasks import Task
+
+
+class RunStopped(RuntimeError):
+    """Going on with the run makes no sense; the message says why."""
 
 
 class StopReason(StrEnum):
@@ -61,7 +67,8 @@ class Script:
 
 
 class Seat:
-    """One episode at its terminal. When the terminal fails, the episode ends as infra_error; the others go on."""
+    """One episode at its terminal. When the terminal fails, the episode ends as infra_error; the others go
+    on."""
 
     def __init__(self, episode: Episode, tokenizer, config: Config):
         self.episode, self.tokenizer, self.config = episode, tokenizer, config
@@ -74,8 +81,8 @@ class Seat:
         ids = self._extend(harness.prompt(self.episode.task))
         if not ids or len(ids) + self.config.max_action_tokens > self.config.context:
             raise ValueError(
-                f"context: {self.config.context} tokens do not hold the prompt of task {self.episode.task.name} and a"
-                f" reply of {self.config.max_action_tokens}; raise it"
+                f"context: {self.config.context} tokens do not hold the prompt of task"
+                f" {self.episode.task.name} and a reply of {self.config.max_action_tokens}; raise it"
             )
         with self._guard():
             terminal = open_terminal(self.episode.task, self.config.backend, self.config.output_chars)
@@ -83,7 +90,8 @@ class Seat:
         return ids
 
     def answer(self, reply: tuple[list[int], list[float]]) -> list[int]:
-        """Record a reply, do what it asks. -> ids of the message that answers it; the episode may have stopped."""
+        """Record a reply, do what it asks. -> ids of the message that answers it; the episode may have
+        stopped."""
         episode, (ids, logprobs) = self.episode, reply
         episode.transcript.append(Role.ACTION, ids, logprobs)
         episode.turns += 1
@@ -118,7 +126,8 @@ class Seat:
             self.terminal.close()
 
     def _extend(self, segments: list[Segment]) -> list[int]:
-        """Append a message to the transcript, all of it or, if it does not fit the context, nothing. -> its ids"""
+        """Append a message to the transcript, all of it or, if it does not fit the context, nothing. -> its
+        ids"""
         encoded = [(role, encode(self.tokenizer, role, text)) for role, text in segments]
         if len(self.episode.transcript) + sum(len(ids) for _, ids in encoded) > self.config.context:
             return []
@@ -158,8 +167,8 @@ def rollout(agent: Sampler | Script, tokenizer, episodes: list[Episode], config:
 def sample_episodes(
     model, tokenizer, tasks: list[Task], group_size: int, config: Config, key: tuple[int, ...] | None
 ) -> list[Episode]:
-    """group_size rollouts of each task. key: (seed, step); with (group, member) it decides a rollout's random numbers.
-    key None: greedy."""
+    """group_size rollouts of each task. key: (seed, step); with (group, member) it decides a rollout's random
+    numbers. key None: greedy."""
     rows = [(group, member) for group in range(len(tasks)) for member in range(group_size)]
     noise = None
     if key is not None:
@@ -169,6 +178,37 @@ def sample_episodes(
     return rollout(sampler, tokenizer, [Episode(tasks[group], group) for group, _ in rows], config)
 
 
-def scripted_episodes(tokenizer, tasks: list[Task], scripts: list[list[str]], config: Config) -> list[Episode]:
+def scripted_episodes(
+    tokenizer, tasks: list[Task], scripts: list[list[str]], config: Config
+) -> list[Episode]:
     """One rollout of each task by an agent that types its script."""
     return rollout(Script(tokenizer, scripts), tokenizer, [Episode(task, 0) for task in tasks], config)
+
+
+def batch_metrics(episodes: list[Episode]) -> dict:
+    """Means over the valid episodes of a batch. Raises RunStopped if the environment failed for most of
+    them."""
+    failed = [e for e in episodes if e.stop is StopReason.INFRA_ERROR]
+    if 2 * len(failed) > len(episodes):
+        raise RunStopped(
+            f"{len(failed)} of {len(episodes)} episodes failed in the environment: {failed[0].error}"
+        )
+    valid = [e for e in episodes if e.valid]
+    if not valid:
+        raise RunStopped(
+            "no episode of the batch can be trained on: all of them failed or ran out of agent time"
+        )
+
+    def mean(value: Callable[[Episode], float]) -> float:
+        return sum(value(e) for e in valid) / len(valid)
+
+    commands = [command for e in valid for command in e.commands]
+    return {
+        "reward": mean(lambda e: e.reward),
+        "turns": mean(lambda e: e.turns),
+        "action_tokens": mean(lambda e: e.transcript.count(Role.ACTION)),
+        "observation_tokens": mean(lambda e: e.transcript.count(Role.OBSERVATION)),
+        "warning_tokens": mean(lambda e: e.transcript.count(Role.WARNING)),
+        "command_diversity": len(set(commands)) / max(len(commands), 1),
+        "stop": {str(reason): sum(e.stop is reason for e in episodes) for reason in StopReason},
+    }

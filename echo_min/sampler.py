@@ -1,7 +1,9 @@
-"""Batched sampling with a key-value cache that lives across the turns of an episode: no token is ever fed twice.
+"""Batched sampling with a key-value cache that lives across the turns of an episode: no token is ever fed
+twice.
 
-Rows have different lengths and are not padded on the left: each row writes at its own position. A short row's padding
-lands beyond its end, where no query looks (key position <= query position) until real tokens overwrite it.
+Rows have different lengths and are not padded on the left: each row writes at its own position. A short row's
+padding lands beyond its end, where no query looks (key position <= query position) until real tokens
+overwrite it.
 """
 
 import numpy as np
@@ -42,8 +44,8 @@ class RowCache(Cache):
 class Sampler:
     """Samples replies for a batch of episodes; one Sampler serves one batch, turn after turn.
 
-    noise[B, n]: uniform numbers in [0, 1); a row's i-th sampled token is decided by its i-th number alone, so a rollout
-    does not depend on who shares its batch. None: greedy.
+    noise[B, n]: uniform numbers in [0, 1); a row's i-th sampled token is decided by its i-th number alone, so
+    a rollout does not depend on who shares its batch. None: greedy.
     """
 
     def __init__(self, model, stop_ids: set[int], temperature: float, noise: np.ndarray | None):
@@ -56,11 +58,14 @@ class Sampler:
         self.drawn: dict[int, int] = {}
 
     @torch.inference_mode()
-    def reply(self, rows: list[int], new_ids: list[list[int]], max_new: int) -> list[tuple[list[int], list[float]]]:
-        """Append new_ids to the given episodes and sample a reply to each: (ids, logprobs), at most max_new tokens,
-        ending with a stop id if one was sampled. Episodes left out are finished and leave the cache.
+    def reply(
+        self, rows: list[int], new_ids: list[list[int]], max_new: int
+    ) -> list[tuple[list[int], list[float]]]:
+        """Append new_ids to the given episodes and sample a reply to each: (ids, logprobs), at most max_new
+        tokens, ending with a stop id if one was sampled. Episodes left out are finished and leave the cache.
 
-        logprobs are of the full softmax at the temperature. Raises FloatingPointError if the model's logits are not finite.
+        logprobs are of the full softmax at the temperature. Raises FloatingPointError if the model's logits
+        are not finite.
         """
         device = self.model.device
         if self.length is None:
@@ -81,8 +86,11 @@ class Sampler:
             counts[stopped] = i + 1
             if i + 1 == max_new or bool((counts < max_new).all()):
                 break
-            # a row that has stopped reads on at one fixed position: wasted work, but one shape for the whole batch
-            logits = self._forward(tokens[:, i : i + 1], torch.minimum(self.length + i, self.length + counts)[:, None])
+            # a row that has stopped reads on at one fixed position: wasted work, but one shape for the whole
+            # batch
+            logits = self._forward(
+                tokens[:, i : i + 1], torch.minimum(self.length + i, self.length + counts)[:, None]
+            )
         replies = []
         for row, n, ids, logps in zip(rows, counts.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
             self.unread[row] = [ids[n - 1]]
@@ -102,17 +110,27 @@ class Sampler:
         self.length += counts
         return logits
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
+    def _forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """ids[B, T], positions[B, T] -> float32 logits[B, V] at column `last`[B], or at the only column."""
         self.cache.positions, self.cache.size = positions, int(positions.max()) + 1
-        visible = torch.arange(self.cache.size, device=ids.device) <= positions[:, None, :, None]  # [B, 1, T, S]
+        visible = (
+            torch.arange(self.cache.size, device=ids.device) <= positions[:, None, :, None]
+        )  # [B, 1, T, S]
         hidden = self.model.base_model(
-            input_ids=ids, position_ids=positions, attention_mask=visible, past_key_values=self.cache, use_cache=True
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=visible,
+            past_key_values=self.cache,
+            use_cache=True,
         ).last_hidden_state
         hidden = hidden[:, 0] if last is None else hidden[torch.arange(len(ids), device=ids.device), last]
         return self.model.get_output_embeddings()(hidden).float()
 
-    def _pick(self, logits: torch.Tensor, rows: list[int], draw: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pick(
+        self, logits: torch.Tensor, rows: list[int], draw: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """logits[B, V] -> tokens[B], their logprobs[B]."""
         logprobs = torch.log_softmax(logits / self.temperature, -1)
         if self.noise is None:

@@ -88,7 +88,10 @@ class Sandbox:
         try:
             self._process = subprocess.Popen(
                 _command(task.limits, files, f"requests={requests} status={status} output={output}\n"),
-                stdin=orders, stdout=verdicts, stderr=verdicts, pass_fds=others[2:],
+                stdin=orders,
+                stdout=verdicts,
+                stderr=verdicts,
+                pass_fds=others[2:],
                 start_new_session=True,  # no keyboard to type on, and one process group to kill
             )
         except OSError as error:
@@ -252,8 +255,8 @@ def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> l
 
 @functools.cache
 def _bwrap() -> tuple[str, list[str], str]:
-    """Where bwrap is, the options that bring it into the sandbox, and where it is there: the system's if it is new
-    enough, else the wheel's."""
+    """Where bwrap is, the options that bring it into the sandbox, and where it is there: the system's if it
+    is new enough, else the wheel's."""
     if found := shutil.which("bwrap"):
         options = subprocess.run([found, "--help"], capture_output=True, text=True).stdout
         if "--size" in options and "--disable-userns" in options:

@@ -18,7 +18,8 @@ from echo_min.worlds import World
 
 
 def record(tokenizer, scripts: list[tuple[Task, list[str]]], config: Config) -> list[Episode]:
-    """Play (task, commands) pairs in real terminals. -> one episode each. Raises RuntimeError if a terminal fails."""
+    """Play (task, commands) pairs in real terminals. -> one episode each. Raises RuntimeError if a terminal
+    fails."""
     episodes = []
     with tqdm(total=len(scripts), desc="demonstrations", disable=None) as bar:
         for start in range(0, len(scripts), config.terminals):
@@ -31,9 +32,11 @@ def record(tokenizer, scripts: list[tuple[Task, list[str]]], config: Config) -> 
 
 
 def supervise(model, transcripts: list[Transcript], config: Config, action_weight: float = 1.0) -> None:
-    """base_steps of AdamW on action_weight * CE(actions) + base_observation_weight * CE(observations), in place.
+    """base_steps of AdamW on action_weight * CE(actions) + base_observation_weight * CE(observations), in
+    place.
 
-    Each step draws base_batch transcripts; the learning rate rises for a tenth of the steps, then falls to zero.
+    Each step draws base_batch transcripts; the learning rate rises for a tenth of the steps, then falls to
+    zero.
     """
     rng = random.Random(f"supervise {config.seed}")
     optimizer = torch.optim.AdamW(
@@ -58,14 +61,18 @@ def supervise(model, transcripts: list[Transcript], config: Config, action_weigh
 
 
 def make_base(config: Config, world: World, folder: Path) -> None:
-    """A weak base policy from scratch, written to `folder`: it has seen the world's form and none of its facts.
+    """A weak base policy from scratch, written to `folder`: it has seen the world's form and none of its
+    facts.
 
-    Its tokenizer is trained on the tasks' words and on some demonstrations, its weights on base_demonstrations.
+    Its tokenizer is trained on the tasks' words and on some demonstrations, its weights on
+    base_demonstrations.
     """
     rng = random.Random(f"base {config.seed}")
     demonstrations = [world.weak(rng) for _ in range(config.base_demonstrations)]
     by_byte = tiny_tokenizer([])
-    sample = record(by_byte, demonstrations[:200], replace(config, context=1 << 20, max_action_tokens=1 << 10))
+    sample = record(
+        by_byte, demonstrations[:200], replace(config, context=1 << 20, max_action_tokens=1 << 10)
+    )
     texts = [by_byte.decode(e.transcript.ids) for e in sample]
     texts += [text for task in world.train + world.held_out for text in (task.instruction, task.solution)]
     tokenizer = tiny_tokenizer(texts)

@@ -19,8 +19,9 @@ class Limits:
 class Task:
     """`verify` and `solution` are bash scripts; both run in the work folder.
 
-    files: path relative to the work folder -> content. tools: name -> executable on PATH, read-only to the agent.
-    verify exits with 0 for reward 1 and with 1 for reward 0; any other exit is an error of the infrastructure.
+    files: path below the work folder -> content. tools: name -> executable on PATH, read-only to the agent.
+    verify exits with 0 for reward 1 and with 1 for reward 0; any other exit is an error of the
+    infrastructure.
     """
 
     name: str

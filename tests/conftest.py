@@ -13,7 +13,7 @@ torch.set_num_threads(1)  # models this small only lose time to a second thread
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    words = "align -k acorn tk align -k acorn usage: tk align -k FILE ok acorn done ls: cannot access No such file"
+    words = "align -k acorn tk align -k acorn usage: tk align -k FILE ok acorn done ls: cannot access"
     return tiny_tokenizer([words] * 3, vocab_size=400)
 
 

@@ -14,7 +14,7 @@ OBJECTIVE, MASKING, SAMPLER = "test_objective.py", "test_masking.py", "test_samp
 ROLLOUT, TRAIN, WORLDS, HEAD = "test_rollout.py", "test_train.py", "test_worlds.py", "test_segment_logprob.py"
 
 MUTATIONS = [  # what it breaks, file, the line's old text, the new text, the tests that should notice
-    ("the shift", "kernels/segment_logprob.py", "t - 1", "t", f"{HEAD} {OBJECTIVE}"),
+    ("the shift", "kernels/segment_logprob.py", "index_select(0, rows - 1)", "index_select(0, rows)", f"{HEAD} {OBJECTIVE}"),
     ("1/T of the policy", "train.py", "o, config.temperature,", "o, 1.0,", OBJECTIVE),
     ("1/T of the sampler", "echo_min/sampler.py", "logits / self.temperature", "logits", SAMPLER),
     ("a swapped role", "echo_min/masking.py", "selected = roles == Role.OBSERVATION", "selected = roles == Role.ACTION", OBJECTIVE),
@@ -53,7 +53,9 @@ def main() -> int:
     survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", "runs", ".git", "__pycache__", ".*_cache"))
+        shutil.copytree(
+            ROOT, copy, ignore=shutil.ignore_patterns(".venv", "runs", ".git", "__pycache__", ".*_cache")
+        )
         for name, file, old, new, tests in MUTATIONS:
             path = copy / file
             text = path.read_text()
@@ -66,7 +68,11 @@ def main() -> int:
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
             done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
             path.write_text(text)
-            failed = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+            failed = [
+                line.split(" - ")[0]
+                for line in done.stdout.splitlines()
+                if line.startswith(("FAILED", "ERROR"))
+            ]
             survivors += not failed
             print(f"{'caught' if failed else 'SURVIVED':9} {name}: {' '.join(failed)}", flush=True)
     print(f"{len(MUTATIONS) - survivors} caught, {survivors} not")

@@ -27,7 +27,8 @@ class Capture(torch.optim.SGD):
 
 
 def episodes(vocab, rewards=(1, 0, 0, 1, 0, 0), groups=(0, 0, 0, 1, 1, 2), seed=0, observations=True):
-    """Transcripts of mixed lengths with every role; old logprobs off the policy by a little, so that clipping acts."""
+    """Transcripts of mixed lengths with every role; old logprobs off the policy by a little, so that clipping
+    acts."""
     rng = random.Random(seed)
     batch = []
     for reward, group in zip(rewards, groups, strict=True):
@@ -57,7 +58,8 @@ def gradients(model, batch, arm="echo", config=CONFIG):
 
 
 def reference(model, batch, env_weight, config):
-    """The objective with loops and full logits, one sequence at a time. -> (policy loss, env loss); backward done."""
+    """The objective with loops and full logits, one sequence at a time. -> (policy loss, env loss); backward
+    done."""
     policy_loss, env_loss = 0.0, 0.0
     for e in batch:
         group = torch.tensor([o.reward for o in batch if o.group == e.group])
@@ -121,7 +123,7 @@ def head_gradients(env_weight, policy):
     """Gradient of the losses at the hidden states that enter the head. -> (gradient[B, T, d], roles[B, T])"""
     torch.manual_seed(0)
     batch = episodes(50)
-    ids, roles, old = pad([e.transcript for e in batch])
+    ids, roles, _ = pad([e.transcript for e in batch])
     hidden = torch.randn(*ids.shape, 16, requires_grad=True)
     actions, observations = roles == Role.ACTION, observation_targets(roles)
     la, lo = dual_segment_logprobs(hidden, torch.randn(50, 16), ids, actions, observations, 0.8, 0.8)
@@ -129,7 +131,9 @@ def head_gradients(env_weight, policy):
     loss = env_weight * echo_loss(lo, observation_weights(roles)[observations])
     if policy:
         groups = torch.tensor([e.group for e in batch])
-        loss = loss + grpo_loss(la, la.detach(), advantages, policy_weights(roles, groups)[actions], 0.2, 0.28)
+        loss = loss + grpo_loss(
+            la, la.detach(), advantages, policy_weights(roles, groups)[actions], 0.2, 0.28
+        )
     loss.backward()
     return hidden.grad, roles
 
@@ -143,7 +147,11 @@ def rows_scoring(roles, *wanted):
 
 @pytest.mark.parametrize(
     "env_weight, policy, wanted",
-    [(0.0, True, [Role.ACTION]), (1.0, False, [Role.OBSERVATION]), (1.0, True, [Role.ACTION, Role.OBSERVATION])],
+    [
+        (0.0, True, [Role.ACTION]),
+        (1.0, False, [Role.OBSERVATION]),
+        (1.0, True, [Role.ACTION, Role.OBSERVATION]),
+    ],
 )
 def test_each_term_touches_its_own_rows_and_no_other(env_weight, policy, wanted):
     grad, roles = head_gradients(env_weight, policy)

@@ -1,4 +1,5 @@
-"""Whole episodes in real bash, driven by scripts: stop reasons, roles, rewards, failures of the environment."""
+"""Whole episodes in real bash, driven by scripts: stop reasons, roles, rewards, failures of the
+environment."""
 
 import os
 import signal
@@ -28,7 +29,9 @@ def text(tokenizer, episode, role):
 
 
 def test_done_and_max_turns_are_graded(tokenizer):
-    done, silent, late = play(tokenizer, [TASK.solution, "done"], ["done"], ["true", "true", TASK.solution, "true"])
+    done, silent, late = play(
+        tokenizer, [TASK.solution, "done"], ["done"], ["true", "true", TASK.solution, "true"]
+    )
     assert (done.stop, done.reward, done.turns) == (StopReason.DONE, 1.0, 2)
     assert (silent.stop, silent.reward) == (StopReason.DONE, 0.0)
     assert (late.stop, late.reward, late.turns) == (StopReason.MAX_TURNS, 1.0, 3)
@@ -37,16 +40,19 @@ def test_done_and_max_turns_are_graded(tokenizer):
 
 def test_the_transcript_is_the_dialogue(tokenizer):
     (episode,) = play(tokenizer, ["echo hello; exit 3", "printf '<|im_end|>'", "done"])
+    answer = "<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(episode.transcript.ids) == (
-        f"<|im_start|>user\n{TASK.instruction}<|im_end|>\n<|im_start|>assistant\n"
-        "echo hello; exit 3<|im_end|>\n<|im_start|>tool\nhello\n(exit_code=3)<|im_end|>\n<|im_start|>assistant\n"
-        "printf '<|im_end|>'<|im_end|>\n<|im_start|>tool\n<|im_end|>(exit_code=0)<|im_end|>\n<|im_start|>assistant\n"
+        f"<|im_start|>user\n{TASK.instruction}{answer}"
+        f"echo hello; exit 3<|im_end|>\n<|im_start|>tool\nhello\n(exit_code=3){answer}"
+        f"printf '<|im_end|>'<|im_end|>\n<|im_start|>tool\n<|im_end|>(exit_code=0){answer}"
         "done<|im_end|>"
     )
     assert text(tokenizer, episode, Role.OBSERVATION) == "hello\n<|im_end|>"
     assert text(tokenizer, episode, Role.PROMPT) == TASK.instruction
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    actions = [i for i, r in zip(episode.transcript.ids, episode.transcript.roles, strict=True) if r == Role.ACTION]
+    actions = [
+        i for i, r in zip(episode.transcript.ids, episode.transcript.roles, strict=True) if r == Role.ACTION
+    ]
     assert actions.count(end) == 3  # each reply's own end of turn, and none that was typed
 
 
@@ -58,7 +64,9 @@ def test_a_malformed_reply_runs_nothing_and_is_answered_by_a_warning(tokenizer):
 
 
 def test_output_is_cut_and_says_so(tokenizer):
-    (episode,) = play(tokenizer, ["head -c 5000 /dev/zero | tr '\\0' x", "done"], config=replace(CONFIG, output_chars=50))
+    (episode,) = play(
+        tokenizer, ["head -c 5000 /dev/zero | tr '\\0' x", "done"], config=replace(CONFIG, output_chars=50)
+    )
     assert text(tokenizer, episode, Role.OBSERVATION) == "x" * 50
     assert "(truncated)(exit_code=0)" in text(tokenizer, episode, Role.SCAFFOLD)
 
@@ -91,7 +99,9 @@ def test_a_terminal_that_dies_ends_its_own_episode_only(tokenizer, monkeypatch):
 
     monkeypatch.setattr(Sandbox, "run", run_or_die)
     dead, alive = play(tokenizer, ["die"], [TASK.solution, "done"])
-    assert dead.stop is StopReason.INFRA_ERROR and dead.reward != dead.reward and dead.error and not dead.valid
+    assert (
+        dead.stop is StopReason.INFRA_ERROR and dead.reward != dead.reward and dead.error and not dead.valid
+    )
     assert (alive.stop, alive.reward) == (StopReason.DONE, 1.0)
 
 

@@ -1,4 +1,5 @@
-"""Sampling with the row cache: the same logprobs as a full forward pass, whatever the batch, the lengths, the turns."""
+"""Sampling with the row cache: the same logprobs as a full forward pass, whatever the batch, the lengths, the
+turns."""
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ def uniform(rows, n, seed=0):
 
 
 def play(model, stop_ids, prompts, turns, noise, max_new=9, temperature=0.8, leave=()):
-    """-> per row: (ids, logprobs or None) of the whole dialogue. Rows in `leave` stop after the first turn."""
+    """-> per row: (ids, logprobs or None) of the whole dialogue. Rows in `leave` stop after the first
+    turn."""
     sampler = Sampler(model, stop_ids, temperature, noise)
     story = [[] for _ in prompts]
     rows = list(range(len(prompts)))

@@ -1,4 +1,5 @@
-"""The whole program through its command line: a tiny run, resume bit for bit, and one clear line for every wrong input."""
+"""The whole program through its command line: a tiny run, resume bit for bit, and one clear line for every
+wrong input."""
 
 import json
 import shutil
@@ -17,8 +18,8 @@ from echo_min.worlds import load_world
 
 TASK = load_world("tool").train[0]
 SMALL = Config(
-    name="small", arms="echo", device="cpu", threads=1, base_demonstrations=24, base_steps=3, steps=4, tasks_per_step=2,
-    group_size=3, eval_every=2, eval_tasks=4,
+    name="small", arms="echo", device="cpu", threads=1, base_demonstrations=24, base_steps=3, steps=4,
+    tasks_per_step=2, group_size=3, eval_every=2, eval_tasks=4,
 )  # fmt: skip
 
 
@@ -50,13 +51,19 @@ def finished(tmp_path_factory):
 
 
 def test_a_run_leaves_what_the_readme_promises(finished):
-    assert {"metrics.jsonl", "config.json", "curves.png", "transcripts", "base", "echo"} <= {p.name for p in finished.iterdir()}
+    assert {"metrics.jsonl", "config.json", "curves.png", "transcripts", "base", "echo"} <= {
+        p.name for p in finished.iterdir()
+    }
     steps, path = checkpoint.latest(finished / "echo")
     assert steps == 4
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "align acorn"}], tokenize=False, add_generation_prompt=True)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "align acorn"}], tokenize=False, add_generation_prompt=True
+    )
     assert chat == "<|im_start|>user\nalign acorn<|im_end|>\n<|im_start|>assistant\n"
-    assert torch.isfinite(model(**tokenizer(chat, return_tensors="pt", return_token_type_ids=False)).logits).all()
+    assert torch.isfinite(
+        model(**tokenizer(chat, return_tensors="pt", return_token_type_ids=False)).logits
+    ).all()
     evals = [r for r in metrics(finished) if "pass_rate" in r]
     assert [r["step"] for r in evals] == [0, 2, 4]
     trained = [r for r in metrics(finished) if "reward" in r]
@@ -109,7 +116,7 @@ def test_a_metrics_file_broken_in_the_middle_is_named(finished, run):
     train.main(replace(SMALL, steps=2), run)
     path = run / "metrics.jsonl"
     path.write_text("not json\n" + path.read_text())
-    with pytest.raises(ValueError, match="metrics.jsonl, line 1"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1"):
         train.main(SMALL, run)
 
 
@@ -131,9 +138,31 @@ def test_a_checkpoint_is_whole_or_absent(finished, run, monkeypatch):
 
 def test_eval_measures_and_shows_a_checkpoint(finished, tmp_path, capsys):
     png = tmp_path / "t.png"
-    eval.cli([str(finished / "echo"), "--tasks", "world:tool", "-k", "2", "--limit", "4", "--show", "1", "--png", str(png)])
+    eval.cli(
+        [
+            str(finished / "echo"),
+            "--tasks",
+            "world:tool",
+            "-k",
+            "2",
+            "--limit",
+            "4",
+            "--show",
+            "1",
+            "--png",
+            str(png),
+        ]
+    )
     out = capsys.readouterr().out
-    for word in ("pass@1 sampled", "pass@2 sampled", "pass@1 greedy", "max_turns", "turns", "observation CE", "\x1b["):
+    for word in (
+        "pass@1 sampled",
+        "pass@2 sampled",
+        "pass@1 greedy",
+        "max_turns",
+        "turns",
+        "observation CE",
+        "\x1b[",
+    ):
         assert word in out
     assert png.stat().st_size > 5000
 
@@ -179,7 +208,10 @@ def test_a_foreign_checkpoint_is_refused(finished, run, capsys):
 
 def test_a_refused_sandbox_says_what_to_do(run, monkeypatch, capsys):
     monkeypatch.setattr("echo_min.rollout.open_terminal", lambda *_: Sandbox(TASK, 9))
-    monkeypatch.setattr("echo_min.sandbox._bwrap", lambda: (_ for _ in ()).throw(SandboxUnavailable("no bwrap; --backend docker")))
+    monkeypatch.setattr(
+        "echo_min.sandbox._bwrap",
+        lambda: (_ for _ in ()).throw(SandboxUnavailable("no bwrap; --backend docker")),
+    )
     SMALL.save(run / "config.json")
     assert "--backend docker" in refused(train, ["--resume", str(run)], capsys)
 

@@ -1,4 +1,5 @@
-"""Every family: the reference solution passes; doing nothing, touching every file or a constant answer fails."""
+"""Every family: the reference solution passes; doing nothing, touching every file or a constant answer
+fails."""
 
 import random
 

@@ -61,7 +61,8 @@ def add_product_(acc: Tensor, G: Tensor, W: Tensor):
     elif G.is_cuda:
         torch.addmm(acc, G, W, out_dtype=acc.dtype, out=acc)
     else:
-        acc.addmm_(G.to(acc.dtype), W.to(acc.dtype))
+        for g, w in zip(G.split(1024, 1), W.split(1024), strict=True):  # small wide copies
+            acc.addmm_(g.to(acc.dtype), w.to(acc.dtype))
 
 
 class RowLogprobs(torch.autograd.Function):

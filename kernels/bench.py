@@ -141,9 +141,8 @@ def exact(hidden, weight, targets, active):
     return logp, dh, dW
 
 
-def compare(inputs: dict, active: Tensor, rounds: int, device: str, check: bool):
-    """One markdown table: every contender, `rounds` times in turn after one round to warm up."""
-    heads = contenders()
+def compare(heads: dict, inputs: dict, active: Tensor, rounds: int, device: str, check: bool):
+    """One markdown table: every head, `rounds` times in turn after one round to warm up."""
     hidden, weight, targets = inputs.values()
     times, peaks, errors = ({name: [] for name in heads} for _ in range(3))
     want = exact(hidden, weight, targets, active) if check else None
@@ -248,13 +247,14 @@ def main():
         "targets": torch.randint(args.vocab, (args.rows,), device=device),
     }
     inputs["weight"].requires_grad_()
+    heads = contenders()
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{where}, torch {torch.__version__}: N={args.rows} V={args.vocab} d={args.hidden} {args.dtype}")
     for share in args.active:
         active = torch.zeros(args.rows, dtype=torch.bool, device=device)
         active[torch.randperm(args.rows, device=device)[: round(share * args.rows)]] = True
         print(f"\n{share:.0%} of the rows active, {args.rounds} rounds\n")
-        compare(inputs, active, args.rounds, device, not args.no_check)
+        compare(heads, inputs, active, args.rounds, device, not args.no_check)
     limits(inputs, args.rounds, device)
 
 

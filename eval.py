@@ -6,6 +6,7 @@ python eval.py runs/tiny/echo --tasks world:tool -k 5 --show 3
 import argparse
 import random
 from dataclasses import replace
+from math import isnan
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from echo_min import checkpoint, report
 from echo_min.config import Config
 from echo_min.masking import Role, Transcript, observation_targets, pad
 from echo_min.policy import load_policy, segment_logprobs
-from echo_min.rollout import StopReason, sample_episodes
+from echo_min.rollout import Episode, StopReason, sample_episodes
 from echo_min.sft import record
 from echo_min.tasks import Task
 from echo_min.worlds import World, load_world
@@ -22,8 +23,7 @@ from echo_min.worlds import World, load_world
 
 @torch.no_grad()
 def observation_logprobs(model, transcripts: list[Transcript]) -> list[dict[int, float]]:
-    """-> for each transcript: position of an observation token -> its log-probability at temperature 1,
-    nats."""
+    """-> for each transcript: position of an observation token -> its log-probability, nats."""
     out = []
     for start in range(0, len(transcripts), 64):
         ids, roles, _ = pad(transcripts[start : start + 64])
@@ -50,26 +50,19 @@ def expert_transcripts(tokenizer, world: World, config: Config) -> list[Transcri
     return [e.transcript for e in record(tokenizer, scripts, config)]
 
 
-def evaluate(
-    model, tokenizer, tasks: list[Task], expert: list[Transcript], config: Config, step: int
-) -> dict:
-    """One sampled and one greedy rollout of each task, and observation CE on the expert's trajectories."""
-    rates = {}
+def evaluate(policy, tasks: list[Task], expert: list[Transcript], config: Config, step: int) -> dict:
+    """One sampled and one greedy rollout of each task, and observation CE on the expert's trajectories.
+    policy: (model, tokenizer)."""
+    result = {"eval_tasks": len(tasks), "expert_ce": observation_ce(policy[0], expert)}
     for name, key in (("pass_rate", (2, config.seed, step)), ("pass_rate_greedy", None)):
-        graded = [
-            e.reward for e in sample_episodes(model, tokenizer, tasks, 1, config, key) if e.reward == e.reward
-        ]
-        rates[name] = sum(graded) / max(len(graded), 1)
-    return rates | {"eval_tasks": len(tasks), "expert_ce": observation_ce(model, expert)}
+        graded = [e.reward for e in sample_episodes(*policy, tasks, 1, config, key) if not isnan(e.reward)]
+        result[name] = sum(graded) / max(len(graded), 1)
+    return result
 
 
 def cli(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "checkpoint", type=Path, help="a checkpoint folder, or an arm's folder (its newest one)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or an arm's folder: its newest one")
     parser.add_argument("--tasks", default="world:tool", help="world:NAME (its held-out tasks)")
     parser.add_argument("--backend", default="sandbox", choices=("sandbox", "docker"))
     parser.add_argument("-k", type=int, default=1, help="sampled rollouts per task")
@@ -91,40 +84,35 @@ def cli(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
 
-    episodes = []
+    episodes, greedy = [], []
     for start in range(0, len(tasks), 64):
         part = tasks[start : start + 64]
         episodes += sample_episodes(model, tokenizer, part, args.k, config, (3, args.seed, start))
-    greedy = [
-        e
-        for s in range(0, len(tasks), 64)
-        for e in sample_episodes(model, tokenizer, tasks[s : s + 64], 1, config, None)
-    ]
-    summarise(episodes, greedy, args.k, model)
+        greedy += sample_episodes(model, tokenizer, part, 1, config, None)
+    summarise(episodes, greedy, args.k)
+    ce = observation_ce(model, [e.transcript for e in episodes])
+    print(f"observation CE   {ce:.3f} nats/token (own episodes)")
 
     shown = episodes[: args.show or bool(args.png)]
     for episode, logps in zip(shown, observation_logprobs(model, [e.transcript for e in shown]), strict=True):
-        tokens = report.tokens_with_surprise(
-            tokenizer, episode.transcript, {t: -logp for t, logp in logps.items()}
-        )
+        tokens = report.tokens_with_surprise(tokenizer, episode.transcript, logps)
         print(f"\n--- {episode.task.name}: reward {episode.reward:g}, {episode.stop}\n{report.ansi(tokens)}")
         if args.png and episode is shown[0]:
             report.draw_transcript(tokens, args.png, f"{episode.task.name}, reward {episode.reward:g}")
 
 
-def summarise(episodes, greedy, k: int, model) -> None:
+def summarise(episodes: list[Episode], greedy: list[Episode], k: int) -> None:
     """Print what was measured; infrastructure errors are counted apart and are in no rate."""
     by_task: dict[str, list[float]] = {}
     for e in episodes:
-        if e.stop is not StopReason.INFRA_ERROR:
+        if not isnan(e.reward):
             by_task.setdefault(e.task.name, []).append(e.reward)
     full = [rewards for rewards in by_task.values() if len(rewards) == k]
     mean, half = report.mean_interval([sum(r) / len(r) for r in by_task.values()])
     print(f"pass@1 sampled   {mean:.3f} +- {half:.3f}   ({len(by_task)} tasks x {k})")
-    for name, passed in (
-        (f"pass@{k} sampled", [max(r) for r in full]),
-        ("pass@1 greedy", [e.reward for e in greedy if e.reward == e.reward]),
-    ):
+    passes = {f"pass@{k} sampled": [max(r) for r in full]}
+    passes["pass@1 greedy"] = [e.reward for e in greedy if not isnan(e.reward)]
+    for name, passed in passes.items():
         low, high = report.wilson_interval(int(sum(passed)), len(passed))
         print(f"{name:16} {sum(passed) / len(passed):.3f} [{low:.3f}, {high:.3f}]")
     n = len(episodes)
@@ -132,12 +120,7 @@ def summarise(episodes, greedy, k: int, model) -> None:
     print(f"stops            {stops}")
     print(f"turns            {sum(e.turns for e in episodes) / n:.2f}")
     for role in (Role.ACTION, Role.OBSERVATION):
-        print(
-            f"{role.name.lower()} tokens".ljust(16),
-            f"{sum(e.transcript.count(role) for e in episodes) / n:.1f}",
-        )
-    ce = observation_ce(model, [e.transcript for e in episodes])
-    print(f"observation CE   {ce:.3f} nats/token (own episodes)")
+        print(f"{role.name.lower() + ' tokens':18} {sum(e.transcript.count(role) for e in episodes) / n:.1f}")
 
 
 if __name__ == "__main__":

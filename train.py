@@ -144,7 +144,7 @@ def train_arm(arm: str, config: Config, world: World, folder: Path) -> None:
     last = {}
 
     def measure(step: int) -> None:
-        last.update(evaluate(model, tokenizer, held_out, expert, config, step))
+        last.update(evaluate((model, tokenizer), held_out, expert, config, step))
         report.log(metrics, {"arm": arm, "step": step, **last})
 
     if first == -1:  # nothing is saved yet
@@ -198,7 +198,7 @@ def cli(argv: list[str] | None = None) -> None:
     config, folder = parse_args(argv)
     try:
         main(config, folder)
-    except (ValueError, OSError, RunStopped, SandboxUnavailable, KeyboardInterrupt) as error:
+    except (ValueError, OSError, ArithmeticError, RunStopped, SandboxUnavailable, KeyboardInterrupt) as error:
         reason = str(error) or "interrupted"
         sys.exit(f"train.py: {reason}\nWhat is saved stays: python train.py --resume {folder}")
 

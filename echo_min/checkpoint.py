@@ -48,8 +48,7 @@ def latest(arm: Path) -> tuple[int, Path] | None:
 
 
 def restore(folder: Path, device: str, make_optimizer):
-    """-> (model, tokenizer, optimizer) as they were saved. Raises ValueError if the folder is no checkpoint
-    of ours."""
+    """-> (model, tokenizer, optimizer) as saved. Raises ValueError if the folder is no checkpoint of ours."""
     model, tokenizer = load_policy(folder, device)
     optimizer = make_optimizer(model)
     try:
@@ -60,8 +59,7 @@ def restore(folder: Path, device: str, make_optimizer):
 
 
 def truncate_metrics(path: Path, keep) -> None:
-    """Drop the lines of metrics.jsonl for which keep(line as a dict) is false, and a last line cut short by a
-    kill.
+    """Drop the lines for which keep(line as a dict) is false, and a last line that a kill cut short.
 
     Raises ValueError naming any other line that is not JSON.
     """
@@ -75,9 +73,7 @@ def truncate_metrics(path: Path, keep) -> None:
         except json.JSONDecodeError:
             if number == len(lines):
                 break
-            raise ValueError(
-                f"{path}, line {number}: not JSON; mend or remove that line, then resume"
-            ) from None
+            raise ValueError(f"{path}, line {number}: not JSON; mend or remove it, then resume") from None
         if keep(record):
             kept.append(line if line.endswith("\n") else line + "\n")
     new = path.with_suffix(".tmp")

@@ -1,5 +1,4 @@
-"""The policy: a causal language model and its tokenizer, made from scratch or loaded in Hugging Face
-format."""
+"""The policy: a causal language model and its tokenizer, from scratch or in Hugging Face format."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,23 +30,14 @@ def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTo
     tokens too, and decoding gives the text back exactly."""
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [words, pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
+    by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, by_byte])
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(MARKERS), initial_alphabet=alphabet, show_progress=False
-    )
+    options = {"special_tokens": list(MARKERS), "initial_alphabet": sorted(by_byte.alphabet())}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **options)
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END,
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=CHATML,
-        clean_up_tokenization_spaces=False,
-    )
+    special = {"eos_token": END, "pad_token": "<|endoftext|>", "additional_special_tokens": ["<|im_start|>"]}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHATML, **special)
 
 
 def tiny_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
@@ -72,25 +62,16 @@ def tiny_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
 
 
 def load_policy(name: str | Path, device: str = "cpu"):
-    """-> (model, tokenizer) from a checkpoint folder or a Hugging Face name. Raises ValueError saying what is
-    wrong."""
+    """-> (model, tokenizer) from a folder or a Hugging Face name. Raises ValueError saying what is wrong."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{name}: neither a checkpoint folder nor a model that can be fetched ({reason})"
-        ) from None
-    missing = [
-        m
-        for m in (END, "<|im_start|>")
-        if tokenizer.convert_tokens_to_ids(m) in (None, tokenizer.unk_token_id)
-    ]
-    if missing:
-        raise ValueError(
-            f"{name}: its tokenizer has no {' '.join(missing)}; only ChatML models are supported"
-        )
+        problem = f"{name}: neither a checkpoint folder nor a model that can be fetched ({reason})"
+        raise ValueError(problem) from None
+    if missing := {END, "<|im_start|>"} - set(marker_ids(tokenizer).values()):
+        raise ValueError(f"{name}: its tokenizer has no {' '.join(missing)}; only ChatML models will do")
     return model.to(device), tokenizer
 
 
@@ -109,13 +90,10 @@ def segment_logprobs(
     action_temperature: float = 1.0,
     observation_temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One forward pass. ids, targets, masks [B, T] -> logprobs of the targets: (action[Na], observation[No])
-    float32.
+    """One forward pass. ids, targets, masks [B, T] -> float32 logprobs (action[Na], observation[No]).
 
     targets is ids, except in a placebo. Padding must be on the right.
     """
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, d]
-    temperatures = action_temperature, observation_temperature
-    return dual_segment_logprobs(
-        hidden, head_weight(model), targets, action_mask, observation_mask, *temperatures
-    )
+    rest = action_mask, observation_mask, action_temperature, observation_temperature
+    return dual_segment_logprobs(hidden, head_weight(model), targets, *rest)

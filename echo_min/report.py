@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 
 from echo_min.masking import Role, Transcript
 
+Token = tuple[str, Role, float]  # text, who wrote it, surprise in nats (0 outside observations)
 COLOURS = {"grpo": "#777777", "echo": "#d1495b", "placebo": "#3d6c9e"}
 
 
@@ -82,24 +83,20 @@ def collapse_alarm(history: list[dict], window: int = 20) -> str | None:
         return "observation CE and command diversity fall together while reward does not rise: collapse?"
 
 
-def tokens_with_surprise(
-    tokenizer, transcript: Transcript, surprise: dict[int, float]
-) -> list[tuple[str, Role, float]]:
-    """-> (text, role, nats or 0) for each token. Control characters become dots: they would act on the
-    reader's screen."""
+def tokens_with_surprise(tokenizer, transcript: Transcript, logprobs: dict[int, float]) -> list[Token]:
+    """logprobs: position -> nats. Control characters become dots: they would act on the reader's screen."""
 
     def shown(i: int) -> str:
         return "".join(c if c.isprintable() or c == "\n" else "·" for c in tokenizer.decode([i]))
 
     return [
-        (shown(i), Role(role), surprise.get(t, 0.0))
+        (shown(i), Role(role), -logprobs.get(t, 0.0))
         for t, (i, role) in enumerate(zip(transcript.ids, transcript.roles, strict=True))
     ]
 
 
-def ansi(tokens: list[tuple[str, Role, float]]) -> str:
-    """A transcript for a terminal: actions bold, scaffold dim, observation tokens on red, deeper for more
-    surprise."""
+def ansi(tokens: list[Token]) -> str:
+    """A transcript for a terminal: actions bold, scaffold dim, observations on red, deeper for surprise."""
     out = []
     for text, role, nats in tokens:
         style = {Role.ACTION: "1;36", Role.WARNING: "33", Role.SCAFFOLD: "2"}.get(role, "0")
@@ -122,11 +119,8 @@ def write_transcripts(path: Path, tokenizer, episodes: list) -> None:
     path.write_text("\n".join(parts))
 
 
-def draw_transcript(
-    tokens: list[tuple[str, Role, float]], path: Path, title: str = "", columns: int = 72
-) -> None:
-    """The picture that explains ECHO: who wrote each token, and each observation token shaded by its
-    surprise."""
+def draw_transcript(tokens: list[Token], path: Path, title: str = "", columns: int = 72) -> None:
+    """The picture that explains ECHO: who wrote each token; observation tokens shaded by their surprise."""
     cells, line, column = [], 0, 0
     for text, role, nats in tokens:
         for piece in text.splitlines(keepends=True):

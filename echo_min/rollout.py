@@ -1,5 +1,4 @@
-"""Rollouts: a policy and a terminal take turns until an episode stops; then the task's verifier gives the
-reward."""
+"""Rollouts: policy and terminal take turns until an episode stops; then the task's verifier rewards it."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from echo_min import harness
 from echo_min.config import Config
 from echo_min.masking import Role, Segment, Transcript, encode
 from echo_min.policy import marker_ids
-from echo_min.sampler import Sampler
+from echo_min.sampler import Reply, Sampler
 from echo_min.sandbox import TerminalDied, open_terminal
 from echo_min.tasks import Task
 
@@ -57,7 +56,7 @@ class Script:
     def __init__(self, tokenizer, scripts: list[list[str]]):
         self.tokenizer, self.scripts = tokenizer, [iter(script) for script in scripts]
 
-    def reply(self, rows, new_ids, max_new) -> list[tuple[list[int], list[float]]]:
+    def reply(self, rows: list[int], new_ids: list[list[int]], max_new: int) -> list[Reply]:
         replies = []
         for row in rows:
             ids = encode(self.tokenizer, Role.ACTION, next(self.scripts[row], harness.DONE))
@@ -67,8 +66,7 @@ class Script:
 
 
 class Seat:
-    """One episode at its terminal. When the terminal fails, the episode ends as infra_error; the others go
-    on."""
+    """One episode at its terminal. When the terminal fails, this episode ends as infra_error, no other."""
 
     def __init__(self, episode: Episode, tokenizer, config: Config):
         self.episode, self.tokenizer, self.config = episode, tokenizer, config
@@ -89,9 +87,8 @@ class Seat:
             self.terminal = terminal.__enter__()
         return ids
 
-    def answer(self, reply: tuple[list[int], list[float]]) -> list[int]:
-        """Record a reply, do what it asks. -> ids of the message that answers it; the episode may have
-        stopped."""
+    def answer(self, reply: Reply) -> list[int]:
+        """Record a reply, do what it asks. -> ids of the answer; the episode may have stopped."""
         episode, (ids, logprobs) = self.episode, reply
         episode.transcript.append(Role.ACTION, ids, logprobs)
         episode.turns += 1
@@ -126,8 +123,7 @@ class Seat:
             self.terminal.close()
 
     def _extend(self, segments: list[Segment]) -> list[int]:
-        """Append a message to the transcript, all of it or, if it does not fit the context, nothing. -> its
-        ids"""
+        """Append a message to the transcript, or nothing if it does not fit the context. -> its ids"""
         encoded = [(role, encode(self.tokenizer, role, text)) for role, text in segments]
         if len(self.episode.transcript) + sum(len(ids) for _, ids in encoded) > self.config.context:
             return []
@@ -167,8 +163,7 @@ def rollout(agent: Sampler | Script, tokenizer, episodes: list[Episode], config:
 def sample_episodes(
     model, tokenizer, tasks: list[Task], group_size: int, config: Config, key: tuple[int, ...] | None
 ) -> list[Episode]:
-    """group_size rollouts of each task. key: (seed, step); with (group, member) it decides a rollout's random
-    numbers. key None: greedy."""
+    """group_size rollouts of each task. (*key, group, member) seeds a rollout's noise; key None is greedy."""
     rows = [(group, member) for group in range(len(tasks)) for member in range(group_size)]
     noise = None
     if key is not None:
@@ -178,26 +173,14 @@ def sample_episodes(
     return rollout(sampler, tokenizer, [Episode(tasks[group], group) for group, _ in rows], config)
 
 
-def scripted_episodes(
-    tokenizer, tasks: list[Task], scripts: list[list[str]], config: Config
-) -> list[Episode]:
-    """One rollout of each task by an agent that types its script."""
-    return rollout(Script(tokenizer, scripts), tokenizer, [Episode(task, 0) for task in tasks], config)
-
-
 def batch_metrics(episodes: list[Episode]) -> dict:
-    """Means over the valid episodes of a batch. Raises RunStopped if the environment failed for most of
-    them."""
+    """Means over a batch's valid episodes. Raises RunStopped if the environment failed for most of them."""
     failed = [e for e in episodes if e.stop is StopReason.INFRA_ERROR]
     if 2 * len(failed) > len(episodes):
-        raise RunStopped(
-            f"{len(failed)} of {len(episodes)} episodes failed in the environment: {failed[0].error}"
-        )
+        raise RunStopped(f"{len(failed)} of {len(episodes)} episodes failed: {failed[0].error}")
     valid = [e for e in episodes if e.valid]
     if not valid:
-        raise RunStopped(
-            "no episode of the batch can be trained on: all of them failed or ran out of agent time"
-        )
+        raise RunStopped("no episode of the batch can be trained on: all failed or ran out of agent time")
 
     def mean(value: Callable[[Episode], float]) -> float:
         return sum(value(e) for e in valid) / len(valid)

@@ -1,14 +1,14 @@
-"""Batched sampling with a key-value cache that lives across the turns of an episode: no token is ever fed
-twice.
+"""Batched sampling with a key-value cache that lives across an episode's turns: no token is ever fed twice.
 
 Rows have different lengths and are not padded on the left: each row writes at its own position. A short row's
-padding lands beyond its end, where no query looks (key position <= query position) until real tokens
-overwrite it.
+padding lands beyond its end, where no query looks (key position <= query position) before it is overwritten.
 """
 
 import numpy as np
 import torch
 from transformers.cache_utils import Cache
+
+Reply = tuple[list[int], list[float]]  # ids, and their logprobs under the full softmax at the temperature
 
 
 class RowCache(Cache):
@@ -58,14 +58,11 @@ class Sampler:
         self.drawn: dict[int, int] = {}
 
     @torch.inference_mode()
-    def reply(
-        self, rows: list[int], new_ids: list[list[int]], max_new: int
-    ) -> list[tuple[list[int], list[float]]]:
-        """Append new_ids to the given episodes and sample a reply to each: (ids, logprobs), at most max_new
-        tokens, ending with a stop id if one was sampled. Episodes left out are finished and leave the cache.
+    def reply(self, rows: list[int], new_ids: list[list[int]], max_new: int) -> list[Reply]:
+        """Append new_ids to the given episodes and sample a reply to each: at most max_new tokens, up to and
+        with the first stop id. Episodes left out are finished and leave the cache.
 
-        logprobs are of the full softmax at the temperature. Raises FloatingPointError if the model's logits
-        are not finite.
+        Raises FloatingPointError if the model's logits are not finite.
         """
         device = self.model.device
         if self.length is None:
@@ -86,11 +83,9 @@ class Sampler:
             counts[stopped] = i + 1
             if i + 1 == max_new or bool((counts < max_new).all()):
                 break
-            # a row that has stopped reads on at one fixed position: wasted work, but one shape for the whole
-            # batch
-            logits = self._forward(
-                tokens[:, i : i + 1], torch.minimum(self.length + i, self.length + counts)[:, None]
-            )
+            # a row that has stopped reads on at one place beyond its end: one shape for the whole batch
+            positions = self.length + torch.clamp(counts, max=i)
+            logits = self._forward(tokens[:, i : i + 1], positions[:, None])
         replies = []
         for row, n, ids, logps in zip(rows, counts.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
             self.unread[row] = [ids[n - 1]]
@@ -110,27 +105,17 @@ class Sampler:
         self.length += counts
         return logits
 
-    def _forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """ids[B, T], positions[B, T] -> float32 logits[B, V] at column `last`[B], or at the only column."""
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, last=0) -> torch.Tensor:
+        """ids[B, T], positions[B, T] -> float32 logits[B, V] at column `last`, an int or [B]."""
         self.cache.positions, self.cache.size = positions, int(positions.max()) + 1
-        visible = (
-            torch.arange(self.cache.size, device=ids.device) <= positions[:, None, :, None]
-        )  # [B, 1, T, S]
-        hidden = self.model.base_model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=visible,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
-        hidden = hidden[:, 0] if last is None else hidden[torch.arange(len(ids), device=ids.device), last]
+        slots = torch.arange(self.cache.size, device=ids.device)  # [S]
+        visible = slots <= positions[:, None, :, None]  # [B, 1, T, S]
+        where = {"position_ids": positions, "attention_mask": visible, "past_key_values": self.cache}
+        hidden = self.model.base_model(input_ids=ids, use_cache=True, **where).last_hidden_state  # [B, T, d]
+        hidden = hidden[torch.arange(len(ids), device=ids.device), last]
         return self.model.get_output_embeddings()(hidden).float()
 
-    def _pick(
-        self, logits: torch.Tensor, rows: list[int], draw: np.ndarray
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pick(self, logits: torch.Tensor, rows: list[int], draw) -> tuple[torch.Tensor, torch.Tensor]:
         """logits[B, V] -> tokens[B], their logprobs[B]."""
         logprobs = torch.log_softmax(logits / self.temperature, -1)
         if self.noise is None:

@@ -12,36 +12,33 @@ from echo_min.config import Config
 from echo_min.echo import echo_loss
 from echo_min.masking import Role, Transcript, observation_targets, observation_weights, pad, policy_weights
 from echo_min.policy import load_policy, segment_logprobs, tiny_model, tiny_tokenizer
-from echo_min.rollout import Episode, StopReason, scripted_episodes
+from echo_min.rollout import Episode, RunStopped, Script, StopReason, rollout
 from echo_min.tasks import Task
 from echo_min.worlds import World
 
 
 def record(tokenizer, scripts: list[tuple[Task, list[str]]], config: Config) -> list[Episode]:
-    """Play (task, commands) pairs in real terminals. -> one episode each. Raises RuntimeError if a terminal
-    fails."""
+    """Play (task, commands) pairs in real terminals. -> one episode each. Raises RunStopped if one fails."""
     episodes = []
     with tqdm(total=len(scripts), desc="demonstrations", disable=None) as bar:
         for start in range(0, len(scripts), config.terminals):
-            tasks, commands = zip(*scripts[start : start + config.terminals], strict=True)
-            episodes += scripted_episodes(tokenizer, list(tasks), list(commands), config)
-            bar.update(len(tasks))
+            part = scripts[start : start + config.terminals]
+            agent = Script(tokenizer, [commands for _, commands in part])
+            episodes += rollout(agent, tokenizer, [Episode(task, 0) for task, _ in part], config)
+            bar.update(len(part))
     if failed := [e for e in episodes if e.stop is StopReason.INFRA_ERROR]:
-        raise RuntimeError(f"{len(failed)} of {len(episodes)} scripted episodes failed: {failed[0].error}")
+        raise RunStopped(f"{len(failed)} of {len(episodes)} scripted episodes failed: {failed[0].error}")
     return episodes
 
 
 def supervise(model, transcripts: list[Transcript], config: Config, action_weight: float = 1.0) -> None:
-    """base_steps of AdamW on action_weight * CE(actions) + base_observation_weight * CE(observations), in
-    place.
+    """Minimise action_weight * CE(actions) + base_observation_weight * CE(observations), in place.
 
-    Each step draws base_batch transcripts; the learning rate rises for a tenth of the steps, then falls to
-    zero.
+    base_steps of AdamW on base_batch transcripts; the learning rate rises for a tenth of them, then falls.
     """
     rng = random.Random(f"supervise {config.seed}")
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(config.beta1, config.beta2), weight_decay=config.weight_decay
-    )
+    betas = config.beta1, config.beta2
+    optimizer = torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=config.weight_decay)
     bar = tqdm(range(config.base_steps), desc="supervised", disable=None)
     for step in bar:
         done = (step + 1) / config.base_steps
@@ -61,18 +58,14 @@ def supervise(model, transcripts: list[Transcript], config: Config, action_weigh
 
 
 def make_base(config: Config, world: World, folder: Path) -> None:
-    """A weak base policy from scratch, written to `folder`: it has seen the world's form and none of its
-    facts.
+    """A weak base policy from scratch, written to `folder`: it knows the world's form and none of its facts.
 
-    Its tokenizer is trained on the tasks' words and on some demonstrations, its weights on
-    base_demonstrations.
+    Its tokenizer is trained on the tasks' words and some demonstrations, its weights on all of them.
     """
     rng = random.Random(f"base {config.seed}")
     demonstrations = [world.weak(rng) for _ in range(config.base_demonstrations)]
-    by_byte = tiny_tokenizer([])
-    sample = record(
-        by_byte, demonstrations[:200], replace(config, context=1 << 20, max_action_tokens=1 << 10)
-    )
+    by_byte, roomy = tiny_tokenizer([]), replace(config, context=1 << 20)
+    sample = record(by_byte, demonstrations[:200], roomy)
     texts = [by_byte.decode(e.transcript.ids) for e in sample]
     texts += [text for task in world.train + world.held_out for text in (task.instruction, task.solution)]
     tokenizer = tiny_tokenizer(texts)

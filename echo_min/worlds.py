@@ -13,8 +13,7 @@ from echo_min.tasks import Task
 
 @dataclass(frozen=True)
 class World:
-    """train and held_out share no task. An agent's script is the list of commands it will type, whatever it
-    sees."""
+    """train and held_out share no task. An agent's script is the commands it types, whatever it sees."""
 
     train: list[Task]
     held_out: list[Task]
@@ -22,10 +21,9 @@ class World:
     expert: Callable[[Task, random.Random], list[str]]
 
 
-# --- the tool world: one unknown command-line tool
-# ----------------------------------------------------------------- `tk VERB FLAG FILE`: each verb takes
-# exactly one of 32 flags, a fixed fact that only the terminal tells: a wrong flag prints the right one. The
-# construction favours ECHO: the answer stands in the observation.
+# ---- the tool world: one unknown command-line tool, `tk VERB FLAG FILE` ----
+# Each verb takes exactly one of 32 flags, a fixed fact that only the terminal tells: a wrong flag prints the
+# right one. The construction favours ECHO: the answer stands in the observation.
 
 VERBS = """
 align blend carve drain empty fetch graft hoist index judge knead label mount notch order paint quilt
@@ -55,8 +53,7 @@ IFS= read -r -n 80 line < {file} && [[ $line == "{verb} {flag}" ]] || exit 1
 
 
 def tool_script(facts: dict[str, str], lies: dict[str, str] | None = None) -> bytes:
-    """facts: verb -> its flag. lies: given flag -> the flag that the usage line shows instead of the right
-    one."""
+    """facts: verb -> its flag. lies: given flag -> the flag that the usage line shows, not the right one."""
 
     def cases(variable: str, table: dict[str, str]) -> str:
         return "\n".join(f"{key}) {variable}={value} ;;" for key, value in table.items())
@@ -85,8 +82,7 @@ def tool_world() -> World:
     tasks = [tool_task(facts, script, v, f, rng.choice([x for x in FILES if x != f])) for v, f in pairs]
 
     def weak(rng: random.Random) -> tuple[Task, list[str]]:
-        """Random flags at a tool of its own facts, whose usage line lies: the form of commands and answers,
-        no fact."""
+        """Random flags at a tool of its own facts, whose usage line lies: form, and no fact to keep."""
         own = {verb: rng.choice(FLAGS) for verb in VERBS}
         lies = dict(zip(FLAGS, rng.choices(FLAGS, k=len(FLAGS)), strict=True))
         verb, (file, other) = rng.choice(VERBS), rng.sample(FILES, 2)

@@ -10,7 +10,7 @@ import pytest
 from echo_min import rollout as rollout_module
 from echo_min.config import Config
 from echo_min.masking import Role
-from echo_min.rollout import StopReason, sample_episodes, scripted_episodes
+from echo_min.rollout import Episode, Script, StopReason, rollout, sample_episodes
 from echo_min.sandbox import Sandbox, TerminalDied
 from echo_min.tasks import Limits
 from echo_min.worlds import load_world
@@ -20,7 +20,7 @@ TASK = load_world("tool").train[0]
 
 
 def play(tokenizer, *scripts, config=CONFIG, task=TASK):
-    return scripted_episodes(tokenizer, [task] * len(scripts), list(scripts), config)
+    return rollout(Script(tokenizer, list(scripts)), tokenizer, [Episode(task, 0) for _ in scripts], config)
 
 
 def text(tokenizer, episode, role):

@@ -17,21 +17,12 @@ def group_advantages(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tenso
     for group in groups.unique():
         members = groups == group
         r = rewards[members]
-        if not torch.equal(
-            r, r[:1].expand_as(r)
-        ):  # rounding in the mean must not turn equal rewards into noise
+        if (r != r[0]).any():  # else rounding in the mean would turn equal rewards into noise
             advantages[members] = (r - r.mean()) / (r.std() + 1e-6)
     return advantages
 
 
-def grpo_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    weights: torch.Tensor,
-    clip_low: float,
-    clip_high: float,
-) -> torch.Tensor:
+def grpo_loss(logprobs, old_logprobs, advantages, weights, clip_low: float, clip_high: float) -> torch.Tensor:
     """Eq. (2): minus the weighted sum of min(ratio * A, clip(ratio, 1 - low, 1 + high) * A) over the action
     tokens.
 

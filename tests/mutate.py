@@ -35,7 +35,7 @@ MUTATIONS = {
     ],
     "echo_min/grpo.py": [
         ("the advantage's sign", "(r - r.mean())", "(r.mean() - r)", "objective"),
-        ("equal rewards", "if not torch.equal(r, r[:1].expand_as(r)):", "if True:", "objective"),
+        ("equal rewards", "if (r != r[0]).any():", "if True:", "objective"),
         ("the upper clip", "1 + clip_high", "1 + clip_low", "objective"),
         ("the pessimistic minimum", "torch.minimum", "torch.maximum", "objective"),
     ],

@@ -1,0 +1,99 @@
+"""What ECHO costs on top of GRPO: one optimizer step on the same episodes, three ways, interleaved.
+
+    python -m kernels.price
+
+A model in the proportions of Qwen3-8B (the head holds 7 % of the weights), smaller: width 256, 8 layers. 40 % of
+the tokens are actions, 40 % observations. Against a GRPO that logs observation CE, ECHO adds the backward half of
+the observation rows' head; against one that skips those rows, their whole head.
+"""
+
+import argparse
+import random
+import time
+from dataclasses import replace
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import train
+from echo_min.config import Config
+from echo_min.masking import Role, Transcript
+from echo_min.rollout import Episode, StopReason
+from echo_min.tasks import Task
+from kernels.bench import Peak, median
+
+SHARES = ((Role.PROMPT, 0.1), (Role.ACTION, 0.4), (Role.OBSERVATION, 0.4), (Role.SCAFFOLD, 0.1))
+
+
+def make_model(vocab: int) -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32}
+    config = Qwen3Config(
+        vocab_size=vocab, hidden_size=256, intermediate_size=768, num_hidden_layers=8, **heads, tie_word_embeddings=False
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config)
+
+
+def make_episodes(vocab: int, B: int, T: int) -> list[Episode]:
+    """B episodes of T tokens in groups of four, half of each group rewarded, with on-policy-like old logprobs."""
+    rng, episodes = random.Random(0), []
+    for b in range(B):
+        transcript = Transcript()
+        for role, share in SHARES:
+            ids = [rng.randrange(vocab) for _ in range(round(share * T))]
+            logprobs = [-torch.tensor(float(vocab)).log().item()] * len(ids) if role is Role.ACTION else None
+            transcript.append(role, ids, logprobs)
+        episodes.append(Episode(Task("t", "", "", ""), b // 4, transcript, reward=float(b % 2), stop=StopReason.DONE))
+    return episodes
+
+
+def without_observations(episodes: list[Episode]) -> list[Episode]:
+    """The same tokens, but nobody asks for the log-probs of the observations."""
+    blind = []
+    for e in episodes:
+        roles = [int(Role.SCAFFOLD) if role == Role.OBSERVATION else role for role in e.transcript.roles]
+        blind.append(replace(e, transcript=replace(e.transcript, roles=roles)))
+    return blind
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=8, help="episodes, B")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens per episode, T")
+    args = parser.parse_args()
+    vocab, B, T = 2048, args.batch, args.tokens
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = Config(device=device, learning_rate=1e-9, micro_batch_tokens=1 << 20)
+    model, episodes = make_model(vocab).to(device), make_episodes(vocab, B, T)
+    blind = without_observations(episodes)
+    arms = {"ECHO": ("echo", episodes), "GRPO, logging observation CE": ("grpo", episodes), "GRPO": ("grpo", blind)}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
+    times, peaks = {name: [] for name in arms}, {}
+    for measured in range(-1, args.rounds):  # the first round only warms up
+        for name, (arm, batch) in arms.items():
+            with Peak(device) as peak:
+                started = time.perf_counter()
+                train.update(model, optimizer, batch, arm, 0, config)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - started
+            if measured >= 0:
+                times[name].append(seconds)
+                peaks[name] = max(peaks.get(name, 0), peak.MiB)
+    body = sum(p.numel() for p in model.model.layers.parameters())
+    head = model.lm_head.weight.numel()
+    rows = round(0.4 * T) * B  # of observations, and as many of actions
+    total = 3 * (body * T * B + head * rows)  # forward and backward, in products of one weight and one number
+    print(f"{device}, {torch.get_num_threads()} threads: B={B} T={T} V={vocab} d=256, medians of {args.rounds} rounds\n")
+    print("| update | ms | ECHO / this | expected from FLOPs | peak MiB |\n|---|--:|--:|--:|--:|")
+    for name, extra in zip(arms, (0, 2 * head * rows / (total + head * rows), 3 * head * rows / total), strict=True):
+        ratio, low, high = median([e / t for e, t in zip(times["ECHO"], times[name], strict=True)])
+        print(
+            f"| {name} | {median(times[name])[0] * 1e3:.0f} | {ratio:.3f} [{low:.3f}, {high:.3f}] | {1 + extra:.3f} "
+            f"| {peaks[name]:.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -24,6 +24,22 @@ lint: .venv/ready
 mutate: .venv/ready
 	$(PY) tests/mutate.py
 
+# Peers of the loss head come as an extra.
+.PHONY: bench gpu
+.venv/bench: .venv/ready
+	$(PY) -m pip install --quiet --editable '.[bench]'
+	touch .venv/bench
+
+bench: .venv/bench
+	$(PY) -m kernels.aot
+	OMP_NUM_THREADS=1 $(PY) -m kernels.bench --rounds 20
+	OMP_NUM_THREADS=1 $(PY) -m kernels.price
+
+gpu: .venv/bench
+	$(PY) -m pytest tests/test_segment_logprob.py -m ''
+	$(PY) -m kernels.bench
+	$(PY) -m kernels.price --batch 16 --tokens 2048
+
 .PHONY: figures reproduce
 figures: .venv/ready
 	$(PY) figures/learning_curves.py

@@ -98,7 +98,7 @@ def cli(argv: list[str] | None = None) -> None:
         tokens = report.tokens_with_surprise(tokenizer, episode.transcript, logps)
         print(f"\n--- {episode.task.name}: reward {episode.reward:g}, {episode.stop}\n{report.ansi(tokens)}")
         if args.png and episode is shown[0]:
-            report.draw_transcript(tokens, args.png, f"{episode.task.name}, reward {episode.reward:g}")
+            report.draw_transcripts({f"{episode.task.name}, reward {episode.reward:g}": tokens}, args.png)
 
 
 def summarise(episodes: list[Episode], greedy: list[Episode], k: int) -> None:

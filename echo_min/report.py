@@ -84,7 +84,7 @@ def collapse_alarm(history: list[dict], window: int = 20) -> str | None:
 
 
 def tokens_with_surprise(tokenizer, transcript: Transcript, logprobs: dict[int, float]) -> list[Token]:
-    """logprobs: position -> nats. Control characters become dots: they would act on the reader's screen."""
+    """logprobs: position -> nats. Control characters become dots, or they would act on the screen."""
 
     def shown(i: int) -> str:
         return "".join(c if c.isprintable() or c == "\n" else "·" for c in tokenizer.decode([i]))
@@ -119,43 +119,46 @@ def write_transcripts(path: Path, tokenizer, episodes: list) -> None:
     path.write_text("\n".join(parts))
 
 
-def draw_transcript(tokens: list[Token], path: Path, title: str = "", columns: int = 72) -> None:
-    """The picture that explains ECHO: who wrote each token; observation tokens shaded by their surprise."""
-    cells, line, column = [], 0, 0
-    for text, role, nats in tokens:
-        for piece in text.splitlines(keepends=True):
-            shown = piece.rstrip("\n")
-            if column + len(shown) > columns:
-                line, column = line + 1, 0
-            cells.append(
-                (line, column, shown + "⏎" * (role is Role.OBSERVATION and piece != shown), role, nats)
-            )
-            column += len(shown)
-            if piece.endswith("\n"):
-                line, column = line + 1, 0
-    height = 0.24 * (line + 3)
-    width = max(start + len(text) for _, start, text, _, _ in cells)
-    fig, ax = plt.subplots(figsize=(0.105 * width + 1, height), constrained_layout=True)
+def draw_transcripts(panels: dict[str, list[Token]], path: Path, columns: int = 60) -> None:
+    """The picture that explains ECHO: title -> transcript; observations are shaded by surprise."""
+    laid_out = {title: _layout(tokens, columns) for title, tokens in panels.items()}
+    width = max(column + len(text) for cells in laid_out.values() for _, column, text, _, _ in cells)
+    height = max(line for cells in laid_out.values() for line, *_ in cells) + 1
+    size = (0.09 * (width + 2) * len(panels) + 0.8, 0.22 * height + 0.5)
+    fig, axes = plt.subplots(1, len(panels), figsize=size, constrained_layout=True, squeeze=False)
     shade = matplotlib.colormaps["Reds"]
-    for row, start, text, role, nats in cells:
-        face, ink, weight = "none", "#999999", "normal"
-        if role is Role.OBSERVATION:
-            level = min(nats / 5, 1.0)
-            face, ink = shade(0.08 + 0.72 * level), "white" if level > 0.6 else "black"
-        elif role is Role.ACTION:
-            face, ink, weight = "#d6e8f7", "#0b4f8a", "bold"
-        elif role in (Role.PROMPT, Role.WARNING):
-            ink = "black" if role is Role.PROMPT else "#b8860b"
-        if face != "none" and text:
-            ax.add_patch(plt.Rectangle((start + 0.05, row - 0.42), len(text) - 0.1, 0.84, color=face, lw=0))
-        for i, character in enumerate(
-            text
-        ):  # one cell a character: alignment does not depend on the font's metrics
-            ax.text(start + i + 0.5, row, character, color=ink, weight=weight, family="monospace", fontsize=9,
-                    ha="center", va="center")  # fmt: skip
-    ax.set(xlim=(0, width), ylim=(line + 0.7, -0.7), title=title)
-    ax.axis("off")
-    bar = fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, 5), shade), ax=ax, fraction=0.03, pad=0.01)
+    inks = {Role.PROMPT: "black", Role.ACTION: "#0b4f8a", Role.WARNING: "#b8860b", Role.SCAFFOLD: "#aaaaaa"}
+    for ax, (title, cells) in zip(axes[0], laid_out.items(), strict=True):
+        for line, start, text, role, nats in cells:
+            face, ink = "#d6e8f7" if role is Role.ACTION else "none", inks.get(role, "black")
+            if role is Role.OBSERVATION:
+                level = min(nats / 5, 1.0)
+                face, ink = shade(0.08 + 0.72 * level), "white" if level > 0.6 else "black"
+            if text:
+                corner, width_of = (start + 0.05, line - 0.42), len(text) - 0.1
+                ax.add_patch(plt.Rectangle(corner, width_of, 0.84, color=face, lw=0))
+            for i, character in enumerate(text):  # a cell each: alignment must not hang on the font
+                where = (start + i + 0.5, line)
+                ax.text(*where, character, color=ink, family="monospace", size=8, ha="center", va="center")
+        ax.set(xlim=(0, width), ylim=(height - 0.3, -0.7))
+        ax.set_title(title, fontsize=9)
+        ax.axis("off")
+    bar = fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, 5), shade), ax=axes, fraction=0.02, pad=0.01)
     bar.set_label("surprise (nats)", fontsize=8)
     fig.savefig(path, dpi=150)
     plt.close(fig)
+
+
+def _layout(tokens: list[Token], columns: int) -> list[tuple[int, int, str, Role, float]]:
+    """-> (line, column, text, role, nats) of each token, a token with a line break as several."""
+    cells, line, column = [], 0, 0
+    for text, role, nats in tokens:
+        for piece in text.splitlines(keepends=True):
+            shown = piece.rstrip("\n") + "⏎" * (role is Role.OBSERVATION and piece.endswith("\n"))
+            if column + len(shown) > columns:
+                line, column = line + 1, 0
+            cells.append((line, column, shown, role, nats))
+            column += len(shown)
+            if piece.endswith("\n"):
+                line, column = line + 1, 0
+    return cells

@@ -36,7 +36,7 @@ bench: .venv/bench
 	OMP_NUM_THREADS=1 $(PY) -m kernels.price
 
 gpu: .venv/bench
-	$(PY) -m pytest tests/test_segment_logprob.py -m ''
+	CUDA_VISIBLE_DEVICES=0 $(PY) -m pytest tests/test_segment_logprob.py -m ''
 	$(PY) -m kernels.bench
 	$(PY) -m kernels.price --batch 16 --tokens 2048
 

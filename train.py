@@ -1,35 +1,32 @@
 """GRPO and ECHO on terminal tasks, top to bottom. `python train.py --help` lists every setting.
 
-for each step:
-    a group of rollouts for each of a few tasks               rollout.py: policy <-> real terminal, reward 0
-    or 1 advantage = (reward - group mean) / group std             grpo.py
-    who wrote which token -> each token's weight              masking.py
-    one forward pass -> logprobs of actions and observations  kernels/segment_logprob.py
-    loss = GRPO(actions) + env_weight * CE(observations)      grpo.py, echo.py
-    one optimizer step
+    for each step:
+        a group of rollouts for each of a few tasks       rollout.py: policy <-> terminal, reward 0 or 1
+        advantage = (reward - group mean) / group std     grpo.py
+        who wrote which token -> each token's weight      masking.py
+        one forward pass -> logprobs of both segments     kernels/segment_logprob.py
+        loss = GRPO(actions) + env_weight * CE(observations)  grpo.py, echo.py
+        one optimizer step
 
-Not here, because the paper's recipe does without: KL, reference model, critic, entropy bonus, a second update
-a batch.
+Not here, as in the paper: KL, reference model, critic, entropy bonus, a second update a batch.
 """
 
 import random
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from echo_min import checkpoint, report
-from echo_min.config import Config, parse_args
+from echo_min.config import Config, RunStopped, parse_args
 from echo_min.echo import echo_loss, permuted_targets
 from echo_min.grpo import group_advantages, grpo_loss
 from echo_min.masking import Role, observation_targets, observation_weights, pad, policy_weights
-from echo_min.policy import segment_logprobs
-from echo_min.rollout import Episode, RunStopped, batch_metrics, sample_episodes
-from echo_min.sandbox import SandboxUnavailable
-from echo_min.sft import load_base, make_base
+from echo_min.policy import load_policy, on_this_machine, segment_logprobs
+from echo_min.rollout import Episode, batch_metrics, sample_episodes
+from echo_min.sft import make_base
 from echo_min.tasks import Task
 from echo_min.worlds import World, load_world
 from eval import evaluate, expert_transcripts
@@ -75,33 +72,20 @@ def update(model, optimizer, episodes: list[Episode], arm: str, step: int, confi
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         targets = permuted_targets(ids, observations, generator)
 
+    per_token = (ids, targets, actions, observations, action_weights, env_weights, old_logprobs)
+    whole = (*per_token, advantages[:, None].expand_as(ids))
     total = dict.fromkeys(("policy_loss", "env_loss", "observation_ce", "mismatch", "ratio"), 0.0)
     n_actions, n_observations = int(actions.sum()), max(int(observations.sum()), 1)
     for rows in micro_batches([len(e.transcript) for e in episodes], config.micro_batch_tokens):
         T = max(len(episodes[row].transcript) for row in rows)
-        a, o = actions[rows, :T], observations[rows, :T]
-
-        def of(values: torch.Tensor, mask: torch.Tensor, rows=rows, T=T) -> torch.Tensor:
-            """The micro-batch's entries of values[B, T] under the mask, in the order of the logprobs."""
-            return values[rows, :T][mask].to(config.device)
-
-        logp_action, logp_observation = segment_logprobs(
-            model,
-            ids[rows, :T].to(config.device),
-            targets[rows, :T].to(config.device),
-            a.to(config.device),
-            o.to(config.device),
-            config.temperature,
-            config.observation_temperature,
-        )  # [Na], [No]
-        advantage, old = of(advantages[:, None].expand_as(ids), a), of(old_logprobs, a)
-        policy_loss = grpo_loss(
-            logp_action, old, advantage, of(action_weights, a), config.clip_low, config.clip_high
-        )
-        env_loss = echo_loss(logp_observation, of(env_weights, o))
+        i, y, a, o, w_a, w_o, old, adv = (x[rows, :T].to(config.device) for x in whole)
+        temperatures = config.temperature, config.observation_temperature
+        logp_action, logp_observation = segment_logprobs(model, i, y, a, o, *temperatures)  # [Na], [No]
+        policy_loss = grpo_loss(logp_action, old[a], adv[a], w_a[a], config.clip_low, config.clip_high)
+        env_loss = echo_loss(logp_observation, w_o[o])
         (policy_loss + env_weight * env_loss).backward()
 
-        change = logp_action.detach() - old
+        change = logp_action.detach() - old[a]
         total["policy_loss"] += policy_loss.item()
         total["env_loss"] += env_loss.item()
         total["observation_ce"] -= logp_observation.sum().item() / n_observations
@@ -116,35 +100,30 @@ def update(model, optimizer, episodes: list[Episode], arm: str, step: int, confi
     )
     optimizer.step()
     optimizer.zero_grad()
-    return total | {"mixed_groups": (advantages != 0).float().mean().item()}
+    return total | {"learning_share": (advantages != 0).float().mean().item()}
 
 
 def train_arm(arm: str, config: Config, world: World, folder: Path) -> None:
     """Train one arm from the base, or from its newest checkpoint, to the last step."""
 
-    def make_optimizer(model):
-        betas = config.beta1, config.beta2
-        return torch.optim.AdamW(
-            model.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay
-        )
-
     metrics = folder / "metrics.jsonl"
-    if found := checkpoint.latest(folder / arm):
-        first, path = found
-        model, tokenizer, optimizer = checkpoint.restore(path, config.device, make_optimizer)
-    else:
-        first, (model, tokenizer) = -1, load_base(config, folder / "base")
-        optimizer = make_optimizer(model)
-    checkpoint.truncate_metrics(metrics, lambda r: r["arm"] != arm or r["step"] <= first)
+    found = checkpoint.latest(folder / arm)
+    first, path = found or (-1, folder / "base" if config.model == "tiny" else config.model)
+    model, tokenizer = load_policy(path, config.device)
+    betas = config.beta1, config.beta2
+    optimizer = torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=config.weight_decay)
+    if found:
+        checkpoint.restore_optimizer(path, optimizer)
+    checkpoint.truncate_metrics(metrics, lambda r: r.get("arm") != arm or r["step"] <= first)
     if first == config.steps:
         return
-    history = [r for r in report.read(metrics) if r["arm"] == arm and "reward" in r]
+    history = [r for r in report.read(metrics) if r.get("arm") == arm and "reward" in r]
     expert = expert_transcripts(tokenizer, world, config)
     held_out = world.held_out[: config.eval_tasks]
     last = {}
 
     def measure(step: int) -> None:
-        last.update(evaluate((model, tokenizer), held_out, expert, config, step))
+        last.update(evaluate(model, tokenizer, held_out, expert, config, step))
         report.log(metrics, {"arm": arm, "step": step, **last})
 
     if first == -1:  # nothing is saved yet
@@ -160,8 +139,11 @@ def train_arm(arm: str, config: Config, world: World, folder: Path) -> None:
         record |= update(model, optimizer, episodes, arm, step, config)
         ended = time.perf_counter()
         record |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
-        report.log(metrics, {"arm": arm, "step": step + 1, **record})
         history.append(record)
+        if alarm := report.collapse_alarm(history):
+            record["alarm"] = alarm
+            tqdm.write(f"warning, {arm}, step {step + 1}: {alarm}", file=sys.stderr)
+        report.log(metrics, {"arm": arm, "step": step + 1, **record})
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             measure(step + 1)
             report.write_transcripts(
@@ -169,8 +151,6 @@ def train_arm(arm: str, config: Config, world: World, folder: Path) -> None:
             )
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             checkpoint.save(folder / arm, step + 1, model, tokenizer, optimizer, config)
-        if alarm := report.collapse_alarm(history):
-            tqdm.write(f"warning, {arm}, step {step + 1}: {alarm}", file=sys.stderr)
         bar.set_postfix_str(
             f"pass {last.get('pass_rate', 0):.2f}, reward {record['reward']:.2f}, "
             f"CE {record['observation_ce']:.2f}, {len(episodes) / (ended - started):.0f} rollouts/s"
@@ -180,12 +160,8 @@ def train_arm(arm: str, config: Config, world: World, folder: Path) -> None:
 def main(config: Config, folder: Path) -> None:
     """Base policy, every arm, one picture. A folder that holds a part of the same run is continued."""
     world = load_world(config.tasks.removeprefix("world:"))
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save(folder / "config.json")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = replace(config, device=config.device.replace("auto", device))
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    config.claim(folder)
+    config = on_this_machine(config)
     if config.model == "tiny" and not (folder / "base").exists():
         make_base(config, world, folder / "base")
     for arm in config.arms.split(","):
@@ -198,9 +174,9 @@ def cli(argv: list[str] | None = None) -> None:
     config, folder = parse_args(argv)
     try:
         main(config, folder)
-    except (ValueError, OSError, ArithmeticError, RunStopped, SandboxUnavailable, KeyboardInterrupt) as error:
-        reason = str(error) or "interrupted"
-        sys.exit(f"train.py: {reason}\nWhat is saved stays: python train.py --resume {folder}")
+    except (ValueError, OSError, RunStopped, KeyboardInterrupt) as error:
+        hint = f"\nWhat is saved stays: python train.py --resume {folder}"
+        sys.exit(f"train.py: {str(error) or 'interrupted'}{hint if (folder / 'base').exists() else ''}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from echo_min.config import Config
-from echo_min.policy import load_policy
 
 
 def publish(model, tokenizer, folder: Path, config: Config, **extra) -> None:
@@ -25,7 +24,7 @@ def publish(model, tokenizer, folder: Path, config: Config, **extra) -> None:
     config.save(new / "echo_min.json")
     for name, state in extra.items():
         torch.save(state, new / f"{name}.pt")
-    for file in new.iterdir():  # on disk before the rename that makes it the truth
+    for file in filter(Path.is_file, new.rglob("*")):  # on disk before the rename that makes it the truth
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
     shutil.rmtree(folder, ignore_errors=True)
@@ -43,19 +42,15 @@ def save(arm: Path, step: int, model, tokenizer, optimizer, config: Config) -> N
 
 def latest(arm: Path) -> tuple[int, Path] | None:
     """-> (completed steps, folder) of the newest whole checkpoint of an arm, if there is one."""
-    folders = [f for f in arm.glob("step-*") if f.suffix != ".tmp"]
-    return max(((int(f.name[5:]), f) for f in folders), default=None)
+    return max(((int(f.name[5:]), f) for f in arm.glob("step-*") if f.name[5:].isdigit()), default=None)
 
 
-def restore(folder: Path, device: str, make_optimizer):
-    """-> (model, tokenizer, optimizer) as saved. Raises ValueError if the folder is no checkpoint of ours."""
-    model, tokenizer = load_policy(folder, device)
-    optimizer = make_optimizer(model)
+def restore_optimizer(folder: Path, optimizer) -> None:
+    """Load the state saved in a checkpoint. Raises ValueError if it is not one of ours."""
     try:
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+    except Exception as error:  # a foreign or torn file
         raise ValueError(f"{folder}: not a checkpoint to resume from: optimizer.pt: {error}") from None
-    return model, tokenizer, optimizer
 
 
 def truncate_metrics(path: Path, keep) -> None:

@@ -3,7 +3,12 @@
 import argparse
 import json
 from dataclasses import asdict, dataclass, field, fields
+from math import inf
 from pathlib import Path
+
+
+class RunStopped(RuntimeError):
+    """Going on makes no sense; the message says why and what to do."""
 
 
 def _f(default, help: str):
@@ -20,8 +25,8 @@ class Config:
     threads: int = _f(1, "torch CPU threads; a second one slows a tiny model down; 0: as torch chooses")
 
     # tasks and terminal
-    tasks: str = _f("world:tool", "world:NAME, or a folder of Harbor tasks")
-    backend: str = _f("sandbox", "sandbox (bubblewrap) or docker")
+    tasks: str = _f("world:tool", "world:NAME")
+    backend: str = _f("sandbox", "sandbox (bubblewrap)")
     terminals: int = _f(64, "terminals in use at one time")
     max_turns: int = _f(3, "commands per episode")
     max_action_tokens: int = _f(12, "tokens per reply")
@@ -37,7 +42,7 @@ class Config:
     base_observation_weight: float = _f(0.3, "weight of the observation CE in the supervised stage")
 
     # rollouts
-    steps: int = _f(200, "RL steps per arm")
+    steps: int = _f(125, "RL steps per arm")
     tasks_per_step: int = _f(8, "tasks (groups) per step")
     group_size: int = _f(8, "rollouts per task")
     temperature: float = _f(1.0, "sampling temperature; the policy loss scores at the same one")
@@ -54,39 +59,37 @@ class Config:
     # optimizer
     learning_rate: float = _f(6e-4, "AdamW, constant after the warm-up")
     warmup_steps: int = _f(0, "steps of linear warm-up")
-    beta1: float = _f(0.9, "AdamW")
-    beta2: float = _f(0.95, "AdamW")
-    weight_decay: float = _f(0.01, "AdamW")
+    beta1: float = _f(0.9, "AdamW, decay of the mean gradient")
+    beta2: float = _f(0.95, "AdamW, decay of the mean square")
+    weight_decay: float = _f(0.01, "AdamW, share of a weight per step and learning rate")
     grad_clip: float = _f(1.0, "largest gradient norm")
     micro_batch_tokens: int = _f(16384, "padded tokens per forward pass of the update")
 
     # evaluation
     eval_every: int = _f(25, "steps between evaluations on held-out tasks")
-    eval_tasks: int = _f(200, "held-out tasks per evaluation, one sampled and one greedy rollout each")
+    eval_tasks: int = _f(100, "held-out tasks per evaluation, one sampled and one greedy rollout each")
     save_every: int = _f(1, "steps between checkpoints")
 
     def __post_init__(self):
         """Raises ValueError naming the field."""
+        may_be_zero = """seed threads base_steps base_observation_weight env_weight warmup_steps weight_decay
+            beta1 beta2 clip_low clip_high steps""".split()
         for f in fields(self):
             value = getattr(self, f.name)
             if type(value) is int and f.type is float:
                 setattr(self, f.name, value := float(value))
             if type(value) is not f.type:
                 raise ValueError(f"{f.name}: expected {f.type.__name__}, got {value!r}")
-        may_be_zero = """seed threads base_steps base_observation_weight env_weight warmup_steps weight_decay
-            beta1 beta2 clip_low clip_high steps""".split()
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type in (int, float) and not (value > 0 or (value == 0 and f.name in may_be_zero)):
-                raise ValueError(f"{f.name}: {value} is too small (or not a number)")
+            if f.type in (int, float) and not (0 < value < inf or (value == 0 and f.name in may_be_zero)):
+                raise ValueError(f"{f.name}: {value} is too small or not a finite number")
         allowed = {
-            "backend": {"sandbox", "docker"},
-            "observation_norm": {"observation", "selected", "global"},
-            "policy_norm": {"sequence", "token"},
+            "backend": ["sandbox"],
+            "observation_norm": ["observation", "selected", "global"],
+            "policy_norm": ["sequence", "token"],
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(sorted(values))}")
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(values)}")
         if unknown := set(self.arms.split(",")) - {"grpo", "echo", "placebo"}:
             raise ValueError(f"arms: {', '.join(sorted(unknown))} is not one of grpo, echo, placebo")
         if not (self.beta1 < 1 and self.beta2 < 1 and self.clip_low < 1):
@@ -99,15 +102,32 @@ class Config:
         return Path("runs") / self.name
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        """Write it as JSON, whole or not at all."""
+        new = path.with_suffix(".tmp")
+        new.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        new.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "Config":
         """Raises ValueError if the file is not a Config of this version."""
         try:
-            return cls(**json.loads(path.read_text()))
-        except (json.JSONDecodeError, TypeError) as error:
+            saved = json.loads(path.read_text())
+            if odd := set(saved) ^ {f.name for f in fields(cls)}:
+                raise ValueError(f"unknown or missing: {', '.join(sorted(odd))}")
+            return cls(**saved)
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: not a config of this version ({error})") from None
+
+    def claim(self, folder: Path) -> None:
+        """Make `folder` the folder of this run. Raises ValueError if it holds a run with other settings."""
+        path = folder / "config.json"
+        if path.exists():
+            old, new = asdict(Config.load(path)), asdict(self)
+            if changed := [name for name in new if old[name] != new[name]]:
+                raise ValueError(f"{folder} holds a run with another {', '.join(changed)}: pass a new --name")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.save(path)
 
 
 PRESETS = {"tiny": {}}
@@ -115,30 +135,19 @@ PRESETS = {"tiny": {}}
 
 def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
     """-> (config, run folder). A wrong flag or value ends the program with one line that says what to do."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="Train a terminal agent: GRPO and ECHO.")
-    parser.add_argument(
-        "--preset", default="tiny", choices=PRESETS, help="starting values of the fields below"
-    )
-    parser.add_argument(
-        "--resume", type=Path, metavar="RUN", help="continue runs/NAME after its last saved step"
-    )
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
+    parser.add_argument("--preset", default="tiny", choices=PRESETS, help="where the fields below start")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue a run after its last saved step")
     for f in fields(Config):
         kind = boolean if f.type is bool else f.type
         help = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
-        parser.add_argument(
-            f"--{f.name}", type=kind, default=argparse.SUPPRESS, metavar=kind.__name__, help=help
-        )
+        options = {"type": kind, "metavar": kind.__name__, "default": argparse.SUPPRESS, "help": help}
+        parser.add_argument(f"--{f.name}", **options)
     given = vars(parser.parse_args(argv))
     preset, resume = given.pop("preset"), given.pop("resume")
     try:
         if resume is None:
             config = Config(**PRESETS[preset] | given)
-            saved = config.folder / "config.json"
-            if saved.exists() and (old := asdict(Config.load(saved))) != asdict(config):
-                changed = [name for name, value in asdict(config).items() if old[name] != value]
-                raise ValueError(
-                    f"{config.folder} holds a run with another {', '.join(changed)}: pass --name"
-                )
             return config, config.folder
         if given:
             raise ValueError(f"--resume takes its settings from the run; remove --{' --'.join(given)}")

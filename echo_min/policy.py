@@ -1,6 +1,7 @@
 """The policy: a causal language model and its tokenizer, from scratch or in Hugging Face format."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from echo_min.config import Config
 from echo_min.harness import END, MARKERS
 from kernels.segment_logprob import dual_segment_logprobs, head_weight
 
@@ -66,13 +68,27 @@ def load_policy(name: str | Path, device: str = "cpu"):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # foreign files: every kind of error comes out of them
         reason = str(error).strip().split("\n")[0]
         problem = f"{name}: neither a checkpoint folder nor a model that can be fetched ({reason})"
         raise ValueError(problem) from None
     if missing := {END, "<|im_start|>"} - set(marker_ids(tokenizer).values()):
         raise ValueError(f"{name}: its tokenizer has no {' '.join(missing)}; only ChatML models will do")
     return model.to(device), tokenizer
+
+
+def on_this_machine(config: Config) -> Config:
+    """Set torch's threads and settle device "auto". Raises ValueError if the device is not there."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {device!r} can't be used here: {error}") from None
+    return replace(config, device=device)
 
 
 def marker_ids(tokenizer) -> dict[int, str]:

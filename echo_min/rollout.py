@@ -10,16 +10,12 @@ from enum import StrEnum
 import numpy as np
 
 from echo_min import harness
-from echo_min.config import Config
+from echo_min.config import Config, RunStopped
 from echo_min.masking import Role, Segment, Transcript, encode
 from echo_min.policy import marker_ids
 from echo_min.sampler import Reply, Sampler
 from echo_min.sandbox import TerminalDied, open_terminal
 from echo_min.tasks import Task
-
-
-class RunStopped(RuntimeError):
-    """Going on with the run makes no sense; the message says why."""
 
 
 class StopReason(StrEnum):
@@ -42,7 +38,7 @@ class Episode:
     stop: StopReason | None = None
     error: str = ""  # what failed, when stop is infra_error
     turns: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # at work in the terminal
 
     @property
     def valid(self) -> bool:
@@ -70,7 +66,6 @@ class Seat:
 
     def __init__(self, episode: Episode, tokenizer, config: Config):
         self.episode, self.tokenizer, self.config = episode, tokenizer, config
-        self.started = time.monotonic()
         self.markers = marker_ids(tokenizer)
         self.terminal = None
 
@@ -83,8 +78,7 @@ class Seat:
                 f" {self.episode.task.name} and a reply of {self.config.max_action_tokens}; raise it"
             )
         with self._guard():
-            terminal = open_terminal(self.episode.task, self.config.backend, self.config.output_chars)
-            self.terminal = terminal.__enter__()
+            self.terminal = open_terminal(self.episode.task, self.config.backend, self.config.output_chars)
         return ids
 
     def answer(self, reply: Reply) -> list[int]:
@@ -93,24 +87,27 @@ class Seat:
         episode.transcript.append(Role.ACTION, ids, logprobs)
         episode.turns += 1
         stopped_by = self.markers.get(ids[-1])
-        action = harness.parse(self.tokenizer.decode(ids[:-1] if stopped_by else ids), stopped_by)
-        if action.done:
-            self._stop(StopReason.DONE)
+        text = self.tokenizer.decode(ids[:-1] if stopped_by else ids)
+        command, warning = harness.parse(text, stopped_by)
+        if command == harness.DONE:
+            episode.stop = StopReason.DONE
             return []
         output = None
-        if action.command is not None:
-            episode.commands.append(action.command)
+        if command:
+            episode.commands.append(command)
+            started = time.monotonic()
             with self._guard():
-                output = self.terminal.run(action.command)
+                output = self.terminal.run(command)
+            episode.seconds += time.monotonic() - started
             if episode.stop:
                 return []
-        new = self._extend(harness.observation(output, action.warnings, stopped_by))
+        new = self._extend(harness.observation(output, warning, stopped_by))
         if new and episode.turns == self.config.max_turns:
-            self._stop(StopReason.MAX_TURNS)
+            episode.stop = StopReason.MAX_TURNS
         elif not new or len(episode.transcript) + self.config.max_action_tokens > self.config.context:
-            self._stop(StopReason.CONTEXT_FULL)
-        elif time.monotonic() - self.started > episode.task.limits.agent_seconds:
-            self._stop(StopReason.AGENT_TIMEOUT)
+            episode.stop = StopReason.CONTEXT_FULL
+        elif episode.seconds > episode.task.limits.agent_seconds:
+            episode.stop = StopReason.AGENT_TIMEOUT
         return new
 
     def grade(self) -> None:
@@ -131,32 +128,29 @@ class Seat:
             self.episode.transcript.append(role, ids)
         return [i for _, ids in encoded for i in ids]
 
-    def _stop(self, reason: StopReason) -> None:
-        self.episode.stop = reason
-        self.episode.seconds = time.monotonic() - self.started
-
     @contextmanager
     def _guard(self):
         try:
             yield
         except TerminalDied as error:
-            self._stop(StopReason.INFRA_ERROR)
-            self.episode.reward, self.episode.error = float("nan"), str(error)
+            self.episode.stop, self.episode.error = StopReason.INFRA_ERROR, str(error)
 
 
 def rollout(agent: Sampler | Script, tokenizer, episodes: list[Episode], config: Config) -> list[Episode]:
     """Run new episodes side by side, turn by turn, and grade them. -> the same episodes, filled in."""
     seats = [Seat(episode, tokenizer, config) for episode in episodes]
-    with ThreadPoolExecutor(config.terminals) as pool:
-        try:
+    try:
+        with ThreadPoolExecutor(config.terminals) as pool:  # its end waits for what still runs
             unread = dict(enumerate(pool.map(Seat.open, seats)))
             while rows := [row for row, episode in enumerate(episodes) if episode.stop is None]:
                 replies = agent.reply(rows, [unread[row] for row in rows], config.max_action_tokens)
                 answers = pool.map(Seat.answer, [seats[row] for row in rows], replies)
                 unread = dict(zip(rows, answers, strict=True))
             list(pool.map(Seat.grade, seats))
-        finally:
             list(pool.map(Seat.close, seats))
+    finally:
+        for seat in seats:
+            seat.close()
     return episodes
 
 
@@ -165,19 +159,23 @@ def sample_episodes(
 ) -> list[Episode]:
     """group_size rollouts of each task. (*key, group, member) seeds a rollout's noise; key None is greedy."""
     rows = [(group, member) for group in range(len(tasks)) for member in range(group_size)]
-    noise = None
-    if key is not None:
-        tokens = config.max_turns * config.max_action_tokens
-        noise = np.stack([np.random.default_rng((*key, *row)).random(tokens) for row in rows])
-    sampler = Sampler(model, set(marker_ids(tokenizer)), config.temperature, noise)
-    return rollout(sampler, tokenizer, [Episode(tasks[group], group) for group, _ in rows], config)
+    tokens, episodes = config.max_turns * config.max_action_tokens, []
+    for start in range(0, len(rows), config.terminals):
+        part = rows[start : start + config.terminals]
+        noise = None
+        if key is not None:
+            noise = np.stack([np.random.default_rng((*key, *row)).random(tokens) for row in part])
+        sampler = Sampler(model, set(marker_ids(tokenizer)), config.temperature, noise)
+        episodes += rollout(sampler, tokenizer, [Episode(tasks[group], group) for group, _ in part], config)
+    return episodes
 
 
 def batch_metrics(episodes: list[Episode]) -> dict:
     """Means over a batch's valid episodes. Raises RunStopped if the environment failed for most of them."""
     failed = [e for e in episodes if e.stop is StopReason.INFRA_ERROR]
+    why = failed[0].error if failed else ""
     if 2 * len(failed) > len(episodes):
-        raise RunStopped(f"{len(failed)} of {len(episodes)} episodes failed: {failed[0].error}")
+        raise RunStopped(f"{len(failed)} of {len(episodes)} episodes failed: {why}")
     valid = [e for e in episodes if e.valid]
     if not valid:
         raise RunStopped("no episode of the batch can be trained on: all failed or ran out of agent time")
@@ -193,5 +191,6 @@ def batch_metrics(episodes: list[Episode]) -> dict:
         "observation_tokens": mean(lambda e: e.transcript.count(Role.OBSERVATION)),
         "warning_tokens": mean(lambda e: e.transcript.count(Role.WARNING)),
         "command_diversity": len(set(commands)) / max(len(commands), 1),
+        "error": why,
         "stop": {str(reason): sum(e.stop is reason for e in episodes) for reason in StopReason},
     }

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
+from echo_min.config import RunStopped
+
 Reply = tuple[list[int], list[float]]  # ids, and their logprobs under the full softmax at the temperature
 
 
@@ -62,7 +64,7 @@ class Sampler:
         """Append new_ids to the given episodes and sample a reply to each: at most max_new tokens, up to and
         with the first stop id. Episodes left out are finished and leave the cache.
 
-        Raises FloatingPointError if the model's logits are not finite.
+        Raises RunStopped if the model's logits are not finite.
         """
         device = self.model.device
         if self.length is None:
@@ -126,5 +128,5 @@ class Sampler:
             tokens = torch.searchsorted(cdf, u * cdf[:, -1:]).squeeze(1).clamp_max(logits.shape[1] - 1)
         picked = logprobs.gather(1, tokens[:, None]).squeeze(1)
         if not torch.isfinite(picked).all():
-            raise FloatingPointError("sampler: logits are not finite; the policy has diverged")
+            raise RunStopped("sampler: the logits are not finite; the policy has diverged")
         return tokens, picked

@@ -10,7 +10,8 @@ can neither see, signal nor trace the supervisor, nor reach the pipe of the verd
 hearsay. A verifier that RUNS the agent's files gives them its own powers, unless it shuts them in as well:
 `setsid unshare -U --map-current-user -pf --mount-proc bash FILE`.
 
-Memory is bounded for each process (memory_mb) and file system (work_mb); the whole would take cgroups.
+Memory is bounded for each process's address space (memory_mb) and each file system (work_mb). Not bounded:
+System V shared memory and memfds, which only cgroups or seccomp could count; they go with the sandbox.
 Processes are counted for each sandbox since Linux 5.14, before that for all of them together.
 """
 
@@ -24,16 +25,22 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from echo_min.config import RunStopped
 from echo_min.tasks import Limits, Task
 
 START_SECONDS = 10.0  # for a sandbox to come up on a crowded machine
 GRACE_SECONDS = 3.0  # beyond a time limit, to kill what is late: milliseconds, but the machine may be crowded
 PIPE_BYTES = 64 * 1024  # what a pipe holds: the longest command, and all that one read can find
-HELP = "allow user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0) or use --backend docker"
+_few_at_a_time = threading.BoundedSemaphore(8)  # to start takes some twenty open files, to run five
+HELP = (
+    "allow user namespaces: on Ubuntu 24.04 `sysctl kernel.apparmor_restrict_unprivileged_userns=0`"
+    " (a Docker backend, --backend docker, is planned)"
+)
 
 SUPERVISOR, RELAY = (
     Path(__file__).with_name(f"sandbox_{script}.sh").read_text() for script in ("supervisor", "relay")
@@ -54,22 +61,18 @@ class TerminalDied(RuntimeError):
     """The environment itself is gone, or the verifier gave no verdict. Says nothing about the agent."""
 
 
-class SandboxUnavailable(RuntimeError):
+class SandboxUnavailable(RunStopped):
     """This machine cannot start a sandbox. The message says what to do."""
 
 
 def open_terminal(task: Task, backend: str = "sandbox", output_chars: int = 50_000):
     """A terminal in a fresh copy of the task's work folder, for a `with` block.
 
-    backend: "sandbox" (bubblewrap) or "docker". output_chars: characters kept of one command's output. Raises
+    backend: "sandbox" (bubblewrap). output_chars: characters kept of one command's output. Raises
     ValueError for an unknown backend or a bad file name, SandboxUnavailable when no sandbox can start here.
     """
-    if backend == "docker":
-        from echo_min.container import Container
-
-        return Container(task, output_chars)
     if backend != "sandbox":
-        raise ValueError(f"unknown backend {backend!r}: choose sandbox or docker")
+        raise ValueError(f"backend: {backend!r} does not exist; there is sandbox")
     return Sandbox(task, output_chars)
 
 
@@ -78,6 +81,10 @@ class Sandbox:
 
     def __init__(self, task: Task, output_chars: int = 50_000):
         self.task, self.output_chars = task, output_chars
+        with _few_at_a_time:
+            self._start(task)
+
+    def _start(self, task: Task) -> None:
         self._text, self._printed = bytearray(), 0  # of the command at work: bytes kept, bytes seen
         self._process, files = None, _files(task)
         (orders, self._orders), (self._verdicts, verdicts) = os.pipe(), os.pipe()

@@ -8,11 +8,11 @@ import torch
 from tqdm import tqdm
 
 from echo_min.checkpoint import publish
-from echo_min.config import Config
+from echo_min.config import Config, RunStopped
 from echo_min.echo import echo_loss
 from echo_min.masking import Role, Transcript, observation_targets, observation_weights, pad, policy_weights
-from echo_min.policy import load_policy, segment_logprobs, tiny_model, tiny_tokenizer
-from echo_min.rollout import Episode, RunStopped, Script, StopReason, rollout
+from echo_min.policy import segment_logprobs, tiny_model, tiny_tokenizer
+from echo_min.rollout import Episode, Script, StopReason, rollout
 from echo_min.tasks import Task
 from echo_min.worlds import World
 
@@ -72,8 +72,3 @@ def make_base(config: Config, world: World, folder: Path) -> None:
     model = tiny_model(tokenizer, config.seed).to(config.device)
     supervise(model, [e.transcript for e in record(tokenizer, demonstrations, config)], config)
     publish(model, tokenizer, folder, config)
-
-
-def load_base(config: Config, folder: Path):
-    """-> (model, tokenizer) that every arm starts from."""
-    return load_policy(folder if config.model == "tiny" else config.model, config.device)

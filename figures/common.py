@@ -44,6 +44,8 @@ def run_all(commands: list[list[str]]) -> None:
         for process in [p for p in running if p.poll() is not None]:
             number = running.pop(process)
             if process.returncode:
+                for other in running:
+                    other.terminate()
                 sys.exit(f"run {number} of {len(commands)} failed; run the same command again to go on")
             print(
                 f"run {number} of {len(commands)} done after {(time.time() - started) / 60:.1f} minutes",

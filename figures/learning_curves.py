@@ -6,6 +6,7 @@ python figures/learning_curves.py --run    makes the data: a run a seed; finishe
 """
 
 import argparse
+import random
 from dataclasses import replace
 
 import common
@@ -16,7 +17,7 @@ import train
 from echo_min import report
 from echo_min.config import Config
 from echo_min.policy import load_policy
-from echo_min.sft import supervise
+from echo_min.sft import record, supervise
 from echo_min.worlds import load_world
 from eval import expert_transcripts, observation_ce
 
@@ -26,7 +27,7 @@ COMMAND = "python figures/learning_curves.py --run"
 
 def run(seed: int) -> None:
     """Base, GRPO, ECHO and the supervised floor of one seed; its lines are written when all of it is done."""
-    config = Config(name=f"{EXPERIMENT}-{seed}", seed=seed)
+    config = Config(name=f"{EXPERIMENT}-{seed}", seed=seed, steps=200, eval_tasks=200)
     train.main(config, config.folder)
     lines = [
         {
@@ -48,22 +49,16 @@ def run(seed: int) -> None:
 
 
 def floor(config: Config) -> dict:
-    """How low supervision alone brings observation CE: the base, trained on the observations of expert
-    episodes."""
+    """How low supervision alone brings observation CE: the base, trained on observations of the expert."""
     world = load_world(config.tasks.removeprefix("world:"))
     model, tokenizer = load_policy(config.folder / "base")
-    training = expert_transcripts(
-        tokenizer, replace(world, held_out=world.train), replace(config, eval_tasks=10**6)
-    )
-    supervise(model, training, replace(config, base_observation_weight=1.0), action_weight=0.0)
+    rng = random.Random("expert")
+    training = record(tokenizer, [(task, world.expert(task, rng)) for task in world.train], config)
+    transcripts = [e.transcript for e in training]
+    supervise(model, transcripts, replace(config, base_observation_weight=1.0), action_weight=0.0)
     ce = observation_ce(model, expert_transcripts(tokenizer, world, config))
-    return {
-        "experiment": EXPERIMENT,
-        "world": config.tasks,
-        "arm": "floor",
-        "seed": config.seed,
-        "observation_ce": ce,
-    }
+    line = {"experiment": EXPERIMENT, "world": config.tasks, "arm": "floor", "seed": config.seed}
+    return line | {"observation_ce": ce}
 
 
 def draw(lines: list[dict]) -> None:

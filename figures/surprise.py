@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import common
+import matplotlib
+import matplotlib.pyplot as plt
 
 from echo_min import checkpoint, report
 from echo_min.config import Config
@@ -36,6 +38,51 @@ def run(folder: Path) -> None:
     DATA.write_text(json.dumps(panels) + "\n")
 
 
+def draw(panels: dict[str, list[report.Token]], path: Path, columns: int = 60) -> None:
+    """The picture that explains ECHO: title -> transcript; observations are shaded by surprise."""
+    laid_out = {title: _layout(tokens, columns) for title, tokens in panels.items()}
+    width = max(column + len(text) for cells in laid_out.values() for _, column, text, _, _ in cells)
+    height = max(line for cells in laid_out.values() for line, *_ in cells) + 1
+    size = (0.09 * (width + 2) * len(panels) + 0.8, 0.22 * height + 0.5)
+    fig, axes = plt.subplots(1, len(panels), figsize=size, constrained_layout=True, squeeze=False)
+    shade = matplotlib.colormaps["Reds"]
+    inks = {Role.PROMPT: "black", Role.ACTION: "#0b4f8a", Role.WARNING: "#b8860b", Role.SCAFFOLD: "#aaaaaa"}
+    for ax, (title, cells) in zip(axes[0], laid_out.items(), strict=True):
+        for line, start, text, role, nats in cells:
+            face, ink = "#d6e8f7" if role is Role.ACTION else "none", inks.get(role, "black")
+            if role is Role.OBSERVATION:
+                level = min(nats / 5, 1.0)
+                face, ink = shade(0.08 + 0.72 * level), "white" if level > 0.6 else "black"
+            if text:
+                corner, width_of = (start + 0.05, line - 0.42), len(text) - 0.1
+                ax.add_patch(plt.Rectangle(corner, width_of, 0.84, color=face, lw=0))
+            for i, character in enumerate(text):  # a cell each: alignment must not hang on the font
+                where = (start + i + 0.5, line)
+                ax.text(*where, character, color=ink, family="monospace", size=8, ha="center", va="center")
+        ax.set(xlim=(0, width), ylim=(height - 0.3, -0.7))
+        ax.set_title(title, fontsize=9)
+        ax.axis("off")
+    bar = fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, 5), shade), ax=axes, fraction=0.02, pad=0.01)
+    bar.set_label("surprise (nats)", fontsize=8)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def _layout(tokens: list[report.Token], columns: int) -> list[tuple[int, int, str, Role, float]]:
+    """-> (line, column, text, role, nats) of each token, a token with a line break as several."""
+    cells, line, column = [], 0, 0
+    for text, role, nats in tokens:
+        for piece in text.splitlines(keepends=True):
+            shown = piece.rstrip("\n") + "⏎" * (role is Role.OBSERVATION and piece.endswith("\n"))
+            if column + len(shown) > columns:
+                line, column = line + 1, 0
+            cells.append((line, column, shown, role, nats))
+            column += len(shown)
+            if piece.endswith("\n"):
+                line, column = line + 1, 0
+    return cells
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, metavar="RUN", help="a finished run with base, grpo and echo")
@@ -49,7 +96,7 @@ def main() -> None:
     for name, tokens in json.loads(DATA.read_text()).items():
         panels[titles[name]] = [(text, Role(role), nats) for text, role, nats in tokens]
     common.PNG.mkdir(parents=True, exist_ok=True)
-    report.draw_transcripts(panels, common.PNG / "surprise.png", columns=40)
+    draw(panels, common.PNG / "surprise.png", columns=40)
     print("figures/png/surprise.png")
 
 

@@ -1,6 +1,6 @@
 import os
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers everywhere
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the same numbers everywhere; `make gpu` sets it
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest

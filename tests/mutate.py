@@ -18,7 +18,7 @@ MUTATIONS = {
         ("the shift, seen from the loss", "index_select(0, rows - 1)", "index_select(0, rows)", "objective"),
     ],
     "train.py": [
-        ("1/T of the policy loss", "config.temperature,", "1.0,", "objective"),
+        ("1/T of the policy loss", "temperatures = config.temperature,", "temperatures = 1.0,", "objective"),
         (
             "lambda in plain GRPO",
             '0.0 if arm == "grpo" else config.env_weight',
@@ -27,8 +27,8 @@ MUTATIONS = {
         ),
         (
             "weights of a micro-batch",
-            "of(action_weights, a)",
-            "of(action_weights, a) * len(ids) / len(rows)",
+            "w_a[a], config",
+            "w_a[a] * len(ids) / len(rows), config",
             "objective",
         ),
         ("lines kept on resume", 'r["step"] <= first', 'r["step"] < first', "train"),
@@ -85,7 +85,7 @@ MUTATIONS = {
             "rollout",
         ),
     ],
-    "echo_min/harness.py": [("an empty reply", "if not command:", "if False:", "rollout")],
+    "echo_min/harness.py": [("an empty reply", '"" if command else', '"" if True else', "rollout")],
     "echo_min/checkpoint.py": [
         ("the optimizer on resume", "        optimizer.load_state_dict(", "        print(", "train"),
         ("whole or absent", 'folder.with_name(folder.name + ".tmp")', "folder", "train"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from echo_min.config import Config
+from echo_min.config import Config, RunStopped
 from echo_min.echo import echo_loss, permuted_targets
 from echo_min.grpo import group_advantages, grpo_loss
 from echo_min.masking import Role, Transcript, observation_targets, observation_weights, pad, policy_weights
@@ -232,5 +232,5 @@ def test_placebo_permutes_targets_over_the_batch_and_leaves_the_inputs(model):
 def test_a_loss_that_is_not_finite_stops_the_run(model):
     batch = episodes(model.config.vocab_size)
     batch[0].transcript.logprobs = [-1e9 if x else x for x in batch[0].transcript.logprobs]
-    with pytest.raises(train.RunStopped, match="not finite"):
+    with pytest.raises(RunStopped, match="not finite"):
         train.update(model, Capture(model.parameters(), lr=1.0), batch, "echo", 0, CONFIG)

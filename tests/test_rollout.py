@@ -105,6 +105,21 @@ def test_a_terminal_that_dies_ends_its_own_episode_only(tokenizer, monkeypatch):
     assert (alive.stop, alive.reward) == (StopReason.DONE, 1.0)
 
 
+def test_an_error_in_one_seat_leaves_no_terminal_open(tokenizer, monkeypatch):
+    opened, real = [], rollout_module.open_terminal
+
+    def open_or_fail(*args):
+        if len(opened) == 2:
+            raise ValueError("this one is wrong")
+        opened.append(real(*args))
+        return opened[-1]
+
+    monkeypatch.setattr(rollout_module, "open_terminal", open_or_fail)
+    with pytest.raises(ValueError, match="this one is wrong"):
+        play(tokenizer, ["true"], ["true"], ["true"], config=replace(CONFIG, terminals=1))
+    assert len(opened) == 2 and all(terminal._process is None for terminal in opened)
+
+
 def test_a_terminal_that_cannot_open_is_an_infra_error(tokenizer, monkeypatch):
     def refuse(*_):
         raise TerminalDied("no terminal today")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from echo_min.config import RunStopped
 from echo_min.policy import marker_ids
 from echo_min.sampler import Sampler
 
@@ -91,5 +92,5 @@ def test_reply_ends_at_a_stop_id_or_the_limit(model):
 def test_logits_that_are_not_finite_stop_the_run(model):
     with torch.no_grad():
         model.get_output_embeddings().weight[:] = float("nan")
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(RunStopped, match="not finite"):
         Sampler(model, set(), 1.0, uniform(1, 9)).reply([0], [[3]], 9)

@@ -424,7 +424,7 @@ def test_speed(terminal):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="sandbox or docker"):
+    with pytest.raises(ValueError, match="there is sandbox"):
         open_terminal(make_task(), backend="podman")
 
 

@@ -3,7 +3,10 @@ wrong input."""
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from echo_min.config import Config
 from echo_min.sandbox import Sandbox, SandboxUnavailable
 from echo_min.worlds import load_world
 
+ROOT = Path(__file__).parent.parent
 TASK = load_world("tool").train[0]
 SMALL = Config(
     name="small", arms="echo", device="cpu", threads=1, base_demonstrations=24, base_steps=3, steps=4,
@@ -84,87 +88,78 @@ def test_the_base_is_made_alike_twice(finished, tmp_path):
         assert (tmp_path / "base" / name).read_bytes() == (finished / "base" / name).read_bytes()
 
 
-@pytest.mark.parametrize("stop_after", [1, 2])
-def test_resumed_equals_uninterrupted_bit_for_bit(finished, run, monkeypatch, stop_after):
+def stop_at(step, folder, monkeypatch):
+    """Run until `step` steps are done, then as if the program were interrupted."""
     real = train.update
 
-    def killed_at(model, optimizer, episodes, arm, step, config):
-        if step == stop_after:
+    def interrupted(model, optimizer, episodes, arm, now, config):
+        if now == step:
             raise KeyboardInterrupt
-        return real(model, optimizer, episodes, arm, step, config)
+        return real(model, optimizer, episodes, arm, now, config)
 
-    monkeypatch.setattr(train, "update", killed_at)
+    monkeypatch.setattr(train, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train.main(SMALL, run)
-    monkeypatch.undo()
-    assert checkpoint.latest(run / "echo")[0] == stop_after
+        train.main(SMALL, folder)
+    monkeypatch.setattr(train, "update", real)
+    assert checkpoint.latest(folder / "echo")[0] == step
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_resumed_equals_uninterrupted_bit_for_bit(finished, run, monkeypatch, step):
+    stop_at(step, run, monkeypatch)
     train.main(Config.load(run / "config.json"), run)
     assert metrics(run) == metrics(finished)
     for name, tensor in weights(finished).items():
         assert torch.equal(tensor, weights(run)[name]), name
 
 
-def test_a_metrics_file_cut_short_by_a_kill_is_mended(finished, run):
-    train.main(replace(SMALL, steps=2), run)
+def test_a_metrics_file_cut_short_by_a_kill_is_mended(finished, run, monkeypatch):
+    stop_at(2, run, monkeypatch)
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"arm": "echo", "step": 3, "rew')
     train.main(SMALL, run)
     assert metrics(run) == metrics(finished)
 
 
-def test_a_metrics_file_broken_in_the_middle_is_named(finished, run):
-    train.main(replace(SMALL, steps=2), run)
+def test_a_metrics_file_broken_in_the_middle_is_named(finished, run, monkeypatch):
+    stop_at(1, run, monkeypatch)
     path = run / "metrics.jsonl"
     path.write_text("not json\n" + path.read_text())
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1"):
         train.main(SMALL, run)
 
 
-def test_a_checkpoint_is_whole_or_absent(finished, run, monkeypatch):
-    train.main(replace(SMALL, steps=2), run)
-    whole = checkpoint.latest(run / "echo")
+def test_a_full_disk_loses_nothing(finished, run, monkeypatch):
+    stop_at(2, run, monkeypatch)
+    whole, settings = checkpoint.latest(run / "echo"), (run / "config.json").read_bytes()
 
     def disk_full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError, match="No space left"):
-        train.main(SMALL, run)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", disk_full)
+        with pytest.raises(OSError, match="No space left"):
+            train.main(SMALL, run)
     assert checkpoint.latest(run / "echo") == whole
-    monkeypatch.undo()
+    assert (run / "config.json").read_bytes() == settings
     train.main(SMALL, run)
     assert metrics(run) == metrics(finished)
 
 
-def test_eval_measures_and_shows_a_checkpoint(finished, tmp_path, capsys):
-    png = tmp_path / "t.png"
-    eval.cli(
-        [
-            str(finished / "echo"),
-            "--tasks",
-            "world:tool",
-            "-k",
-            "2",
-            "--limit",
-            "4",
-            "--show",
-            "1",
-            "--png",
-            str(png),
-        ]
-    )
+def test_few_open_files_are_enough(finished):
+    """Many tasks are rolled out in parts: 64 terminals at a time, five files each."""
+    flags = ["eval.py", str(finished / "echo"), "--limit", "150"]
+    command = f"ulimit -n 512; exec {sys.executable} {' '.join(flags)}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "150 tasks x 1" in done.stdout, done.stderr
+
+
+def test_eval_measures_and_shows_a_checkpoint(finished, capsys):
+    eval.cli([str(finished / "echo"), "--tasks", "world:tool", "-k", "2", "--limit", "4", "--show", "1"])
     out = capsys.readouterr().out
-    for word in (
-        "pass@1 sampled",
-        "pass@2 sampled",
-        "pass@1 greedy",
-        "max_turns",
-        "turns",
-        "observation CE",
-        "\x1b[",
-    ):
+    for word in ("pass@1 sampled", "pass@2 sampled", "pass@1 greedy", "max_turns", "turns", "observation CE"):
         assert word in out
-    assert png.stat().st_size > 5000
+    assert "\x1b[" in out
 
 
 @pytest.mark.parametrize(
@@ -174,11 +169,13 @@ def test_eval_measures_and_shows_a_checkpoint(finished, tmp_path, capsys):
         (["--lambda", "0.1"], "unrecognized arguments: --lambda"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["--group_size", "0"], "group_size: 0 is too small"),
-        (["--learning_rate", "nan"], "learning_rate: nan is too small (or not a number)"),
+        (["--learning_rate", "nan"], "learning_rate: nan is too small or not a finite number"),
         (["--arms", "grpo,ppo"], "arms: ppo is not one of grpo, echo, placebo"),
         (["--observation_norm", "sum"], "observation_norm: 'sum' is not one of"),
         (["--warnings_as_targets", "maybe"], "expected true or false, got 'maybe'"),
         (["--name", "../x"], "name: '../x' is not a plain folder name"),
+        (["--device", "tpu9"], "device: 'tpu9' can't be used here"),
+        (["--backend", "docker"], "backend: 'docker' is not one of sandbox"),
         (["--tasks", "world:moon"], "world:moon does not exist; there is world:tool"),
         (["--resume", "runs/none"], "runs/none holds no config.json; it is not a run folder"),
         (["--resume", "runs/none", "--steps", "3"], "remove --steps"),
@@ -199,11 +196,23 @@ def test_a_run_folder_is_never_overwritten(tmp_path, monkeypatch, capsys):
     assert "runs/tiny holds a run with another" in said and "learning_rate" in said
 
 
-def test_a_foreign_checkpoint_is_refused(finished, run, capsys):
+@pytest.mark.parametrize("file", ["optimizer.pt", "model.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"torn"])
+def test_a_foreign_or_torn_checkpoint_is_refused(finished, run, capsys, file, content):
     SMALL.save(run / "config.json")
     step = checkpoint.latest(finished / "echo")[1]
-    shutil.copytree(step, run / "echo" / step.name, ignore=shutil.ignore_patterns("optimizer.pt"))
-    assert "not a checkpoint to resume from" in refused(train, ["--resume", str(run)], capsys)
+    torn = run / "echo" / step.name
+    shutil.copytree(step, torn)
+    (torn / file).unlink()
+    if content is not None:
+        (torn / file).write_bytes(content)
+    wanted = {"optimizer.pt": "not a checkpoint to resume from", "model.safetensors": "neither a checkpoint"}
+    assert wanted[file] in refused(train, ["--resume", str(run)], capsys)
+
+
+def test_a_config_of_another_version_is_refused(run, capsys):
+    (run / "config.json").write_text("{}")
+    assert "not a config of this version" in refused(train, ["--resume", str(run)], capsys)
 
 
 def test_a_refused_sandbox_says_what_to_do(run, monkeypatch, capsys):

@@ -49,7 +49,7 @@ def run(seed: int) -> None:
 
 
 def floor(config: Config) -> dict:
-    """How low supervision alone brings observation CE: the base, trained on observations of the expert."""
+    """How low supervision alone gets: the base, trained on the observations of expert episodes."""
     world = load_world(config.tasks.removeprefix("world:"))
     model, tokenizer = load_policy(config.folder / "base")
     rng = random.Random("expert")
@@ -62,31 +62,27 @@ def floor(config: Config) -> dict:
 
 
 def draw(lines: list[dict]) -> None:
-    fig, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
-    panels = (
-        ("pass_rate", "pass rate, sampled"),
-        ("pass_rate_greedy", "pass rate, greedy"),
-        ("observation_ce", "observation CE, expert's episodes (nats/token)"),
-    )
-    seeds = {line["seed"] for line in lines}
-    for ax, (key, label) in zip(axes, panels, strict=True):
+    fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
+    panels = ("pass_rate", "observation_ce", "pass_rate_greedy")
+    labels = ("pass rate, sampled", "observation CE (nats/token)", "pass rate, greedy")
+    seeds = sorted({line["seed"] for line in lines})
+    for ax, key, label in zip(axes, panels, labels, strict=True):
         for arm in ("grpo", "echo"):
             steps = sorted({line["step"] for line in lines if line["arm"] == arm})
-            points = [report.mean_interval(values(lines, arm, step, key)) for step in steps]
-            mean, half = torch.tensor(points).T
-            ax.plot(steps, mean, color=common.COLOURS[arm], label=arm.upper())
-            ax.fill_between(steps, mean - half, mean + half, color=common.COLOURS[arm], alpha=0.18, lw=0)
-        common.style(
-            ax, xlabel="step", ylabel=label, ylim=(0, 1.02) if key != "observation_ce" else (0, None)
-        )
-    mean, half = report.mean_interval(values(lines, "floor", None, "observation_ce"))
-    axes[2].axhline(mean, color=common.COLOURS["floor"], ls="--", label="supervised floor")
+            curves = torch.tensor([values(lines, arm, step, key) for step in steps])  # [steps, seeds]
+            mean, half = torch.tensor([report.mean_interval(points.tolist()) for points in curves]).T
+            colour = common.COLOURS[arm]
+            ax.plot(steps, curves, color=colour, lw=0.8, alpha=0.5)
+            ax.plot(steps, mean, color=colour, lw=2.2, label=arm.upper())
+            ax.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.12, lw=0)
+        top = 1.02 if key != "observation_ce" else 1.1 * max(line["observation_ce"] for line in lines)
+        common.style(ax, xlabel="step", ylabel=label, ylim=(0, top))
+    mean, _ = report.mean_interval(values(lines, "floor", None, "observation_ce"))
+    axes[1].axhline(mean, color=common.COLOURS["floor"], ls="--", lw=2, label="supervised floor")
     for ax in axes:
         ax.legend(frameon=False, fontsize=8)
-    fig.suptitle(
-        f"{lines[0]['world']}: mean of {len(seeds)} seeds, shaded 95 % interval; 200 held-out tasks",
-        fontsize=10,
-    )
+    title = f"{lines[0]['world']}, 200 held-out tasks: {len(seeds)} seeds, their mean, its 95 % interval"
+    fig.suptitle(title, fontsize=10)
     common.save(fig, EXPERIMENT)
 
 

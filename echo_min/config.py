@@ -42,7 +42,7 @@ class Config:
     base_observation_weight: float = _f(0.3, "weight of the observation CE in the supervised stage")
 
     # rollouts
-    steps: int = _f(125, "RL steps per arm")
+    steps: int = _f(100, "RL steps per arm")
     tasks_per_step: int = _f(8, "tasks (groups) per step")
     group_size: int = _f(8, "rollouts per task")
     temperature: float = _f(1.0, "sampling temperature; the policy loss scores at the same one")

@@ -255,8 +255,10 @@ def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> l
         command += ["--perms", mode, "--file", str(file), path]
     # Both are in memory and would have no bound; /dev/shm lies in /dev.
     command += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/work"]
-    # env, as bash can't give its commands back a signal that was ignored from the start: under nohup, say.
-    command += ["env", "--default-signal", "bash", "--norc", "--noprofile", "-c"]
+    ignored = (signal.getsignal(s) is signal.SIG_IGN for s in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
+    if any(ignored):  # under nohup, say: bash could not give its commands such a signal back
+        command += ["env", "--default-signal"]
+    command += ["bash", "--norc", "--noprofile", "-c"]
     return [*command, _settings(limits) + inner + pipes + SUPERVISOR]
 
 

@@ -36,14 +36,14 @@ acorn beach cedar delta ember fjord grove heron islet jetty knoll lagoon maple n
 ridge stone tulip
 """.split()
 
-TOOL = """#!/bin/bash
+TOOL = """#!/bin/sh
 case "$1" in
 {cases}
 *) echo "tk: no verb $1"; exit 2 ;;
 esac
 {shown}
-[[ $# == 3 && $2 == "$flag" ]] || {{ echo "usage: tk $1 $shown FILE"; exit 2; }}
-[[ -f $3 ]] || {{ echo "tk: no file $3"; exit 1; }}
+[ $# = 3 ] && [ "$2" = "$flag" ] || {{ echo "usage: tk $1 $shown FILE"; exit 2; }}
+[ -f "$3" ] || {{ echo "tk: no file $3"; exit 1; }}
 echo "$1 $2" > "$3" && echo "ok $3"
 """
 

@@ -63,7 +63,7 @@ class Config:
     beta2: float = _f(0.95, "AdamW, decay of the mean square")
     weight_decay: float = _f(0.01, "AdamW, share of a weight per step and learning rate")
     grad_clip: float = _f(1.0, "largest gradient norm")
-    micro_batch_tokens: int = _f(2048, "padded tokens per forward pass of the update; long replies stay apart")
+    micro_batch_tokens: int = _f(2048, "padded tokens per forward pass of the update")
 
     # evaluation
     eval_every: int = _f(25, "steps between evaluations on held-out tasks")

@@ -255,8 +255,8 @@ def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> l
         command += ["--perms", mode, "--file", str(file), path]
     # Both are in memory and would have no bound; /dev/shm lies in /dev.
     command += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/work"]
-    ignored = (signal.getsignal(s) is signal.SIG_IGN for s in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))
-    if any(ignored):  # under nohup, say: bash could not give its commands such a signal back
+    ignored = int(re.search(r"SigIgn:\s*(\w+)", Path("/proc/self/status").read_text())[1], 16)
+    if ignored & ~0x1001000:  # beyond PIPE and XFSZ, which Popen restores; nohup, say. bash can't restore one
         command += ["env", "--default-signal"]
     command += ["bash", "--norc", "--noprofile", "-c"]
     return [*command, _settings(limits) + inner + pipes + SUPERVISOR]

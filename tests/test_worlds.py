@@ -55,6 +55,12 @@ def test_agents_that_know_nothing_fail(world, commands):
     assert all(grade(task, *commands) == 0.0 for task in some(world, 4))
 
 
+def test_the_right_answer_in_every_file_fails(world):
+    for task in some(world, 4):
+        everywhere = 'for f in *; do [ -s "$f" ] || cat * > /tmp/all && cp /tmp/all "$f"; done'
+        assert grade(task, task.solution, everywhere) == 0.0
+
+
 def test_another_tasks_solution_fails(world):
     first, second = some(world, 2)
     assert grade(first, second.solution) == 0.0

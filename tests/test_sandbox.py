@@ -72,7 +72,7 @@ COMMANDS = {
     "environment": ("env | sort", "HOME=/work\nLC_ALL=C\nPATH=/opt/tools:/usr/bin:/bin\nPWD=/work\n"
                     "SHLVL=1\n_=/usr/bin/env\n", 0),
     "identity": ("whoami; hostname; pwd; umask", "agent\nsandbox\n/work\n0022\n", 0),
-    "signals": ("grep -cE 'Sig(Ign|Blk):.0{16}$' /proc/self/status", "2\n", 0),
+    "signals": ("grep -cE 'Sig(Ign|Blk):.0{7}[01][08]0{7}$' /proc/self/status", "2\n", 0),
     "no capabilities": ("grep -cE 'Cap.*:\t0+$' /proc/self/status", "5\n", 0),
     "pid 1 is immune": ("for s in 1 2 3 6 9 11 13 15 19 20 31; do kill -$s 1; done; echo on", "on\n", 0),
     "kills all it can": ("sleep 60 & kill -9 -1; echo alone", "alone\n", 0),
@@ -393,9 +393,9 @@ def test_as_a_plain_user():
 
 def test_host_under_nohup():
     code = "import signal; [signal.signal(s, signal.SIG_IGN) for s in (1, 2, 3)]\n" + CHILD
-    arguments = ["marker", "true", "grep SigIgn /proc/self/status", "end"]
+    arguments = ["marker", "true", "grep -cE 'SigIgn:.0{7}[01][08]0{7}$' /proc/self/status", "end"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=REPO, capture_output=True, text=True)
-    assert done.stdout == "SigIgn:\t0000000000000000\n1.0\n", done.stderr
+    assert done.stdout == "1\n1.0\n", done.stderr
 
 
 def test_many_at_once():

@@ -256,7 +256,7 @@ def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> l
     # Both are in memory and would have no bound; /dev/shm lies in /dev.
     command += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/work"]
     ignored = int(re.search(r"SigIgn:\s*(\w+)", Path("/proc/self/status").read_text())[1], 16)
-    # Popen restores PIPE and XFSZ; 32 and 33 are libc's own. Another, under nohup say, bash could not restore.
+    # Popen restores PIPE and XFSZ; 32 and 33 are libc's own. Another (nohup) bash could not restore.
     if ignored & ~0x181001000:
         command += ["env", "--default-signal"]
     command += ["bash", "--norc", "--noprofile", "-c"]

@@ -1,5 +1,4 @@
-"""ECHO: next-token cross-entropy on what the terminal wrote, from the forward pass that the policy loss needs
-anyway."""
+"""ECHO: next-token cross-entropy on what the terminal wrote, from the policy loss's own forward pass."""
 
 import torch
 
@@ -13,8 +12,7 @@ def echo_loss(logprobs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def permuted_targets(ids: torch.Tensor, selected: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The placebo: the same observation tokens as targets, but dealt out at random over the batch's selected
-    positions.
+    """The placebo: the same observation tokens as targets, dealt out at random over the batch's positions.
 
     ids[B, T] int64, selected[B, T] bool -> targets[B, T]; the model still reads the true ids.
     """

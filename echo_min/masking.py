@@ -20,25 +20,21 @@ class Role(IntEnum):
 
 
 Segment = tuple[Role, str]
-_one_at_a_time = (
-    threading.Lock()
-)  # split_special_tokens is kept in the tokenizer: two threads would mix theirs up
+_one_at_a_time = threading.Lock()  # split_special_tokens is state of the tokenizer: threads would mix it up
 
 
 def encode(tokenizer, role: Role, text: str) -> list[int]:
     """Token ids of one segment. Only SCAFFOLD, which this code wrote, may contain chat markers: in a task or
     in terminal output `<|im_end|>` stays text and cannot forge a turn."""
     text = text.encode("utf-8", "replace").decode()  # lone surrogates have no tokens
+    options = {"add_special_tokens": False, "split_special_tokens": role is not Role.SCAFFOLD}
     with _one_at_a_time:
-        return tokenizer.encode(
-            text, add_special_tokens=False, split_special_tokens=role is not Role.SCAFFOLD
-        )
+        return tokenizer.encode(text, **options)
 
 
 @dataclass
 class Transcript:
-    """One episode's tokens. ids, roles, logprobs have one entry a token; logprobs are the sampler's, 0 if not
-    ACTION."""
+    """One episode's tokens: an id, a role and a logprob each; the sampler's logprob, or 0 if not ACTION."""
 
     ids: list[int] = field(default_factory=list)
     roles: list[int] = field(default_factory=list)
@@ -59,8 +55,8 @@ class Transcript:
 
 
 def pad(transcripts: list[Transcript], pad_id: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> ids[B, T] int64, roles[B, T] int8, logprobs[B, T] float32; padded on the right, where a causal model
-    never looks, with role SCAFFOLD, which no loss reads."""
+    """-> ids[B, T] int64, roles[B, T] int8, logprobs[B, T] float32. Padding is on the right, where a causal
+    model never looks, and has the role SCAFFOLD, which no loss reads."""
     B, T = len(transcripts), max(map(len, transcripts))
     ids = torch.full((B, T), pad_id, dtype=torch.int64)
     roles = torch.full((B, T), Role.SCAFFOLD, dtype=torch.int8)
@@ -74,15 +70,13 @@ def pad(transcripts: list[Transcript], pad_id: int = 0) -> tuple[torch.Tensor, t
 
 
 def observation_targets(roles: torch.Tensor, warnings_as_targets: bool = False) -> torch.Tensor:
-    """O' (paper, section 2): the observation tokens that the environment loss predicts; bool, shaped like
-    roles."""
+    """O' (paper, section 2): the tokens that the environment loss predicts. roles[B, T] -> bool[B, T]."""
     selected = roles == Role.OBSERVATION
     return selected | (roles == Role.WARNING) if warnings_as_targets else selected
 
 
 def policy_weights(roles: torch.Tensor, groups: torch.Tensor, norm: str = "sequence") -> torch.Tensor:
-    """Share of each action token in the policy loss. roles[B, T], groups[B] -> float32[B, T], 0 outside
-    ACTION.
+    """Share of each action token in the policy loss. roles[B, T], groups[B] -> float32[B, T], 0 elsewhere.
 
     sequence: 1 / (B |A_i|), the mean over rollouts of each rollout's token mean: what the released code ran.
     token: 1 / (groups * sum of |A_j| over the group), eq. (2) as printed: the groups' mean of a token mean.
@@ -105,8 +99,8 @@ def observation_weights(
 ) -> torch.Tensor:
     """Share of each observation target in the environment loss. roles[B, T] -> float32[B, T], 0 outside O'.
 
-    observation: 1 / (B |O_i|), eq. (3), where |O_i| counts warnings too. selected: 1 / (B |O'_i|). global:
-    1 / sum |O'_i|.
+    observation: 1 / (B |O_i|), eq. (3), where |O_i| counts warnings too.
+    selected: 1 / (B |O'_i|). global: 1 / sum |O'_i|.
     """
     selected = observation_targets(roles, warnings_as_targets).float()
     if norm == "observation":

@@ -61,8 +61,8 @@ MUTATIONS = {
         ),
         (
             "markers in hostile text",
-            "split_special_tokens=role is not",
-            "split_special_tokens=role is",
+            '"split_special_tokens": role is not',
+            '"split_special_tokens": role is',
             "masking",
         ),
         ("the tokenizer's lock", "with _one_at_a_time:", "if True:", "masking"),

@@ -27,7 +27,8 @@ COMMAND = "python figures/learning_curves.py --run"
 
 def run(seed: int) -> None:
     """Base, GRPO, ECHO and the supervised floor of one seed; its lines are written when all of it is done."""
-    config = Config(name=f"{EXPERIMENT}-{seed}", seed=seed, steps=200, eval_tasks=200)
+    sizes = {"steps": 200, "eval_tasks": 200, "micro_batch_tokens": 16384}
+    config = Config(name=f"{EXPERIMENT}-{seed}", seed=seed, **sizes)
     train.main(config, config.folder)
     lines = [
         {

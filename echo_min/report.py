@@ -56,7 +56,7 @@ def draw_curves(records: list[dict], path: Path) -> None:
         )
         axes[1].plot(steps, [r["expert_ce"] for r in evals], color=colour, label=arm)
     axes[0].set(xlabel="step", ylabel="pass rate, held-out tasks", ylim=(0, 1.02))
-    axes[1].set(xlabel="step", ylabel="observation CE, expert's episodes (nats/token)", ylim=(0, None))
+    axes[1].set(xlabel="step", ylabel="expert's observation CE (nats/token)", ylim=(0, None))
     for ax in axes:
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)

@@ -1,10 +1,10 @@
 """GRPO and ECHO on terminal tasks, top to bottom. `python train.py --help` lists every setting.
 
     for each step:
-        a group of rollouts for each of a few tasks       rollout.py: policy <-> terminal, reward 0 or 1
-        advantage = (reward - group mean) / group std     grpo.py
-        who wrote which token -> each token's weight      masking.py
-        one forward pass -> logprobs of both segments     kernels/segment_logprob.py
+        a group of rollouts for each of a few tasks           rollout.py: policy <-> terminal, reward 0 or 1
+        advantage = (reward - group mean) / group std         grpo.py
+        who wrote which token -> each token's weight          masking.py
+        one forward pass -> logprobs of both segments         kernels/segment_logprob.py
         loss = GRPO(actions) + env_weight * CE(observations)  grpo.py, echo.py
         one optimizer step
 
@@ -55,8 +55,7 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def update(model, optimizer, episodes: list[Episode], arm: str, step: int, config: Config) -> dict:
-    """One optimizer step on a batch of episodes. -> metrics. Raises RunStopped on a loss that is not
-    finite."""
+    """One optimizer step on a batch of episodes. -> metrics. Raises RunStopped if a loss is not finite."""
     episodes = [e for e in episodes if e.valid]
     groups = torch.tensor([e.group for e in episodes])  # [B]
     advantages = group_advantages(torch.tensor([e.reward for e in episodes]), groups)  # [B]
@@ -78,6 +77,7 @@ def update(model, optimizer, episodes: list[Episode], arm: str, step: int, confi
     n_actions, n_observations = int(actions.sum()), max(int(observations.sum()), 1)
     for rows in micro_batches([len(e.transcript) for e in episodes], config.micro_batch_tokens):
         T = max(len(episodes[row].transcript) for row in rows)
+        # ids, targets, masks and weights of actions and observations, old logprobs, advantages: [rows, T] each
         i, y, a, o, w_a, w_o, old, adv = (x[rows, :T].to(config.device) for x in whole)
         temperatures = config.temperature, config.observation_temperature
         logp_action, logp_observation = segment_logprobs(model, i, y, a, o, *temperatures)  # [Na], [No]

@@ -77,7 +77,7 @@ def update(model, optimizer, episodes: list[Episode], arm: str, step: int, confi
     n_actions, n_observations = int(actions.sum()), max(int(observations.sum()), 1)
     for rows in micro_batches([len(e.transcript) for e in episodes], config.micro_batch_tokens):
         T = max(len(episodes[row].transcript) for row in rows)
-        # ids, targets, masks and weights of actions and observations, old logprobs, advantages: [rows, T] each
+        # ids, targets, both masks, both weights, old logprobs, advantages: each [rows, T]
         i, y, a, o, w_a, w_o, old, adv = (x[rows, :T].to(config.device) for x in whole)
         temperatures = config.temperature, config.observation_temperature
         logp_action, logp_observation = segment_logprobs(model, i, y, a, o, *temperatures)  # [Na], [No]

@@ -1,16 +1,33 @@
 # Takes orders on stdin, answers on stdout. At EOF, as the host closed the pipe or died, it ends and, being
 # pid 1, takes all else along. (Not --die-with-parent: that fires when the THREAD which started bwrap ends.)
 # Job control (set -m) makes inner bwrap and relay one process group; SIGURG means nothing but to the relay.
-set -m; umask 022; exec 2>/dev/null
-$inner <&$requests >&$status 2>&$output {requests}<&- {status}>&- {output}>&- &
-exec {requests}<&- {status}>&- {output}>&-
+set -m; umask 022; shopt -s dotglob nullglob; exec 2>/dev/null
 while IFS= read -r -d '' order; do
     case $order in
-    late) kill -URG -- -$!; echo sent ;;
-    verify)
+    open\ *)
+        length=${order#open } files=
+        ((length == 0)) || read -r -N $length files
+        (eval "$files"); echo $?
+        $inner <&$requests >&$status 2>&$output {requests}<&- {status}>&- {output}>&- & ;;
+    late) kill -URG -- -$! && echo sent || echo gone ;;
+    verify\ *)
+        read -r -N ${order#verify } verifier
         # -u counts the agent's processes too
-        (ulimit -c 0 -v $memory -u $((2 * processes + 8)) && exec timeout -s KILL $seconds \
-            bash --norc --noprofile /tmp/verify) </dev/null &>/dev/null
+        (ulimit -c 0 -v $memory -u $((2 * processes + 8))
+            exec {requests}<&- {status}>&- {output}>&- bash --norc --noprofile -c -- "$verifier"
+        ) </dev/null &>/dev/null
         echo $? ;;
+    clear)  # whatever is left of the episode; what can't be removed shows in the answer
+        for ((try = 0, left = 2; left > 1 && try < 500; try++)); do
+            kill -KILL -- -1
+            wait
+            list=(/proc/[0-9]*) left=${#list[@]}
+            ((left == 1)) || read -r -t 0.001 -N 1  # nothing comes: a nap without a fork
+        done
+        list=(/work/*)
+        ((${#list[@]} == 0)) || rm -rf -- "${list[@]}"
+        chmod 755 /work
+        list=(/work/*)
+        echo $left ${#list[@]} ;;
     esac
 done

@@ -94,7 +94,7 @@ def test_a_terminal_that_dies_ends_its_own_episode_only(tokenizer, monkeypatch):
 
     def run_or_die(self, command, timeout=None):
         if command == "die":  # the environment, not the agent, is killed
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self._box.process.pid, signal.SIGKILL)
         return run(self, command, timeout)
 
     monkeypatch.setattr(Sandbox, "run", run_or_die)
@@ -117,7 +117,7 @@ def test_an_error_in_one_seat_leaves_no_terminal_open(tokenizer, monkeypatch):
     monkeypatch.setattr(rollout_module, "open_terminal", open_or_fail)
     with pytest.raises(ValueError, match="this one is wrong"):
         play(tokenizer, ["true"], ["true"], ["true"], config=replace(CONFIG, terminals=1))
-    assert len(opened) == 2 and all(terminal._process is None for terminal in opened)
+    assert len(opened) == 2 and all(terminal._box is None for terminal in opened)
 
 
 def test_a_terminal_that_cannot_open_is_an_infra_error(tokenizer, monkeypatch):

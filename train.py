@@ -21,15 +21,17 @@ from tqdm import tqdm
 
 from echo_min import checkpoint, report
 from echo_min.config import Config, RunStopped, parse_args
-from echo_min.echo import echo_loss, permuted_targets
+from echo_min.echo import echo_loss, exchanged_targets, permuted_targets
 from echo_min.grpo import group_advantages, grpo_loss
 from echo_min.masking import Role, observation_targets, observation_weights, pad, policy_weights
 from echo_min.policy import load_policy, on_this_machine, segment_logprobs
 from echo_min.rollout import Episode, batch_metrics, sample_episodes
 from echo_min.sft import make_base
-from echo_min.tasks import Task
-from echo_min.worlds import World, load_world
+from echo_min.tasks import Task, World
+from echo_min.worlds import load_world
 from eval import evaluate, expert_transcripts
+
+TRIVIAL = 0.1  # nats per token: output that the policy knew beforehand
 
 
 def pick_tasks(tasks: list[Task], step: int, config: Config) -> list[Task]:
@@ -54,11 +56,15 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
     return parts
 
 
-def update(model, optimizer, episodes: list[Episode], arm: str, step: int, config: Config) -> dict:
-    """One optimizer step on a batch of episodes. -> metrics. Raises RunStopped if a loss is not finite."""
+def update(model, optimizer, episodes: list[Episode], arm: str, step: int, config: Config, words=()) -> dict:
+    """One optimizer step on a batch of episodes. -> metrics. words: ids that arm placebo_words exchanges.
+
+    Raises RunStopped if a loss is not finite.
+    """
     episodes = [e for e in episodes if e.valid]
     groups = torch.tensor([e.group for e in episodes])  # [B]
-    advantages = group_advantages(torch.tensor([e.reward for e in episodes]), groups)  # [B]
+    rewards = torch.tensor([e.reward for e in episodes])  # [B]
+    advantages = group_advantages(rewards, groups)  # [B]
     ids, roles, old_logprobs = pad([e.transcript for e in episodes])  # [B, T]
     actions = roles == Role.ACTION  # [B, T]
     observations = observation_targets(roles, config.warnings_as_targets)  # [B, T]
@@ -66,14 +72,20 @@ def update(model, optimizer, episodes: list[Episode], arm: str, step: int, confi
     action_weights = policy_weights(roles, groups, config.policy_norm)  # [B, T]
     env_weights = observation_weights(roles, config.observation_norm, config.warnings_as_targets)  # [B, T]
     env_weight = 0.0 if arm == "grpo" else config.env_weight
-    targets = ids
+    if config.parsed_only:
+        observations &= ~(roles == Role.WARNING).any(1, keepdim=True)
+    targets, generator = ids, torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     if arm == "placebo":
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         targets = permuted_targets(ids, observations, generator)
+    elif arm == "placebo_words":
+        targets = permuted_targets(ids, observations & torch.isin(ids, torch.tensor(words)), generator)
+    elif arm == "placebo_outputs":
+        targets, observations = exchanged_targets(ids, observations, generator)
 
     per_token = (ids, targets, actions, observations, action_weights, env_weights, old_logprobs)
     whole = (*per_token, advantages[:, None].expand_as(ids))
-    total = dict.fromkeys(("policy_loss", "env_loss", "observation_ce", "mismatch", "ratio"), 0.0)
+    keys = "policy_loss", "env_loss", "observation_ce", "mismatch", "ratio", "trivial_failures"
+    total = dict.fromkeys(keys, 0.0)
     n_actions, n_observations = int(actions.sum()), max(int(observations.sum()), 1)
     for rows in micro_batches([len(e.transcript) for e in episodes], config.micro_batch_tokens):
         T = max(len(episodes[row].transcript) for row in rows)
@@ -83,7 +95,7 @@ def update(model, optimizer, episodes: list[Episode], arm: str, step: int, confi
         logp_action, logp_observation = segment_logprobs(model, i, y, a, o, *temperatures)  # [Na], [No]
         policy_loss = grpo_loss(logp_action, old[a], adv[a], w_a[a], config.clip_low, config.clip_high)
         env_loss = echo_loss(logp_observation, w_o[o])
-        (policy_loss + env_weight * env_loss).backward()
+        (config.policy_weight * policy_loss + env_weight * env_loss).backward()
 
         change = logp_action.detach() - old[a]
         total["policy_loss"] += policy_loss.item()
@@ -91,6 +103,9 @@ def update(model, optimizer, episodes: list[Episode], arm: str, step: int, confi
         total["observation_ce"] -= logp_observation.sum().item() / n_observations
         total["mismatch"] += change.abs().sum().item() / n_actions
         total["ratio"] += change.exp().sum().item() / n_actions
+        ce = torch.zeros_like(y, dtype=torch.float32).masked_scatter(o, -logp_observation.detach())
+        trivial = (ce.sum(1) < TRIVIAL * o.sum(1)) & (rewards[rows].to(o.device) == 0)  # [rows]
+        total["trivial_failures"] += trivial.sum().item() / len(episodes)
 
     total["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
     if not torch.tensor(list(total.values())).isfinite().all():
@@ -120,6 +135,7 @@ def train_arm(arm: str, config: Config, world: World, folder: Path) -> None:
     history = [r for r in report.read(metrics) if r.get("arm") == arm and "reward" in r]
     expert = expert_transcripts(tokenizer, world, config)
     held_out = world.held_out[: config.eval_tasks]
+    words = [i for word in world.decisive for form in (word, f" {word}") for i in tokenizer.encode(form)]
     last = {}
 
     def measure(step: int) -> None:
@@ -136,7 +152,7 @@ def train_arm(arm: str, config: Config, world: World, folder: Path) -> None:
         episodes = sample_episodes(model, tokenizer, tasks, config.group_size, config, (1, config.seed, step))
         record = batch_metrics(episodes)
         sampled = time.perf_counter()
-        record |= update(model, optimizer, episodes, arm, step, config)
+        record |= update(model, optimizer, episodes, arm, step, config, words)
         ended = time.perf_counter()
         record |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
         history.append(record)

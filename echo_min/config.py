@@ -6,6 +6,14 @@ from dataclasses import asdict, dataclass, field, fields
 from math import inf
 from pathlib import Path
 
+ARMS = {
+    "grpo": "rewards only",
+    "echo": "rewards, and CE on what the terminal wrote",
+    "placebo": "CE on the terminal's tokens in random order",
+    "placebo_words": "CE with the words that tell what to do exchanged between outputs",
+    "placebo_outputs": "CE on the output of another command",
+}
+
 
 class RunStopped(RuntimeError):
     """Going on makes no sense; the message says why and what to do."""
@@ -20,7 +28,7 @@ class Config:
     # run
     name: str = _f("tiny", "run folder under runs/")
     seed: int = _f(1, "seed of the base, the task order and every rollout")
-    arms: str = _f("grpo,echo", "runs from one base, tasks and seeds, in turn: grpo, echo, placebo")
+    arms: str = _f("grpo,echo", "runs from one base, tasks and seeds: grpo, echo, a placebo (ARMS)")
     device: str = _f("auto", "torch device; auto is cuda if there is one")
     threads: int = _f(1, "torch CPU threads; a second one slows a tiny model down; 0: as torch chooses")
 
@@ -48,10 +56,12 @@ class Config:
     temperature: float = _f(1.0, "sampling temperature; the policy loss scores at the same one")
 
     # objective
+    policy_weight: float = _f(1.0, "weight of the policy loss; 0: no verifier, observations alone")
     env_weight: float = _f(0.05, "lambda: weight of the observation CE in the arms echo and placebo")
     observation_temperature: float = _f(1.0, "of the observation CE; the released code uses the sampler's")
     observation_norm: str = _f("observation", "observation 1/(B|O|), selected 1/(B|O'|), global 1/sum|O'|")
     policy_norm: str = _f("sequence", "sequence 1/(B|A|), token: one mean over a group's tokens")
+    parsed_only: bool = _f(False, "observation CE only of rollouts without a malformed reply")
     warnings_as_targets: bool = _f(False, "predict the harness's warnings too")
     clip_low: float = _f(0.2, "policy ratio is clipped below 1 - this")
     clip_high: float = _f(0.28, "policy ratio is clipped above 1 + this")
@@ -72,8 +82,8 @@ class Config:
 
     def __post_init__(self):
         """Raises ValueError naming the field."""
-        may_be_zero = """seed threads base_steps base_observation_weight env_weight warmup_steps weight_decay
-            beta1 beta2 clip_low clip_high steps""".split()
+        may_be_zero = """seed threads base_steps base_observation_weight env_weight policy_weight warmup_steps
+            weight_decay beta1 beta2 clip_low clip_high steps""".split()
         for f in fields(self):
             value = getattr(self, f.name)
             if type(value) is int and f.type is float:
@@ -90,8 +100,8 @@ class Config:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(values)}")
-        if unknown := set(self.arms.split(",")) - {"grpo", "echo", "placebo"}:
-            raise ValueError(f"arms: {', '.join(sorted(unknown))} is not one of grpo, echo, placebo")
+        if unknown := set(self.arms.split(",")) - set(ARMS):
+            raise ValueError(f"arms: {', '.join(sorted(unknown))} is not one of {', '.join(ARMS)}")
         if not (self.beta1 < 1 and self.beta2 < 1 and self.clip_low < 1):
             raise ValueError("beta1, beta2 and clip_low must be below 1")
         if "/" in self.name or self.name in ("", ".", ".."):

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from echo_min import harness
 from echo_min.checkpoint import publish
 from echo_min.config import Config, RunStopped
 from echo_min.echo import echo_loss
 from echo_min.masking import Role, Transcript, observation_targets, observation_weights, pad, policy_weights
 from echo_min.policy import segment_logprobs, tiny_model, tiny_tokenizer
 from echo_min.rollout import Episode, Script, StopReason, rollout
-from echo_min.tasks import Task
-from echo_min.worlds import World
+from echo_min.tasks import Task, World
 
 
 def record(tokenizer, scripts: list[tuple[Task, list[str]]], config: Config) -> list[Episode]:
@@ -67,6 +67,7 @@ def make_base(config: Config, world: World, folder: Path) -> None:
     by_byte, roomy = tiny_tokenizer([]), replace(config, context=1 << 20)
     sample = record(by_byte, demonstrations[:200], roomy)
     texts = [by_byte.decode(e.transcript.ids) for e in sample]
+    texts += [harness.warning_block(warning) for warning in harness.WARNINGS] * 20
     texts += [text for task in world.train + world.held_out for text in (task.instruction, task.solution)]
     tokenizer = tiny_tokenizer(texts)
     model = tiny_model(tokenizer, config.seed).to(config.device)

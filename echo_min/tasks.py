@@ -1,5 +1,7 @@
 """A task: what the agent is asked, what lies in its work folder, and the script that decides the reward."""
 
+import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -31,3 +33,18 @@ class Task:
     files: dict[str, bytes] = field(default_factory=dict)
     tools: dict[str, bytes] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class World:
+    """A family of generated tasks; train and held_out share none. A script is what an agent types, blindly.
+
+    The weak agent's demonstrations teach a base policy the world's form and none of its facts. The expert's
+    trajectories are never trained on; observation CE is measured on them.
+    """
+
+    train: list[Task]
+    held_out: list[Task]
+    weak: Callable[[random.Random], tuple[Task, list[str]]]  # a fresh demonstration
+    expert: Callable[[Task, random.Random], list[str]]
+    decisive: tuple[str, ...] = ()  # words of an observation that tell what to do

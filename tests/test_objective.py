@@ -8,7 +8,7 @@ import torch
 
 import train
 from echo_min.config import Config, RunStopped
-from echo_min.echo import echo_loss, permuted_targets
+from echo_min.echo import echo_loss, exchanged_targets, permuted_targets
 from echo_min.grpo import group_advantages, grpo_loss
 from echo_min.masking import Role, Transcript, observation_targets, observation_weights, pad, policy_weights
 from echo_min.rollout import Episode, StopReason
@@ -227,6 +227,56 @@ def test_placebo_permutes_targets_over_the_batch_and_leaves_the_inputs(model):
     echo, placebo = gradients(model, batch, "echo")[0], gradients(model, batch, "placebo")[0]
     assert placebo["policy_loss"] == echo["policy_loss"]
     assert placebo["env_loss"] != echo["env_loss"]
+
+
+def test_exchanged_outputs_are_whole_outputs_of_others():
+    ids = torch.arange(60).view(4, 15)
+    selected = torch.zeros(4, 15, dtype=torch.bool)
+    selected[0, 3:6] = selected[0, 9:15] = selected[1, 0:4] = selected[3, 14:] = True
+    outputs = [[3, 4, 5], [9, 10, 11, 12, 13, 14], [15, 16, 17, 18], [59]]
+    for seed in range(5):
+        targets, kept = exchanged_targets(ids, selected, torch.Generator().manual_seed(seed))
+        assert torch.equal(targets[~selected], ids[~selected]) and not (kept & ~selected).any()
+        donors = []
+        for own in outputs:
+            got = targets.flatten()[own][kept.flatten()[own]].tolist()
+            donor = next(o for o in outputs if got[0] in o)
+            assert got == donor[: len(own)]
+            donors.append(donor)
+        assert sorted(donors) == outputs
+    nothing = torch.zeros_like(selected)
+    assert torch.equal(exchanged_targets(ids, nothing, torch.Generator())[0], ids)
+
+
+def test_placebo_words_moves_only_the_words(model):
+    batch = episodes(model.config.vocab_size)
+    echo = gradients(model, batch, "echo")
+    metrics = train.update(model, Capture(model.parameters(), lr=1.0), batch, "placebo_words", 0, CONFIG, ())
+    assert metrics["env_loss"] == echo[0]["env_loss"]
+    seen = {i for e in batch for i, r in zip(e.transcript.ids, e.transcript.roles, strict=True) if r == 2}
+    optimizer, words = Capture(model.parameters(), lr=1.0), sorted(seen)[:9]
+    metrics = train.update(model, optimizer, batch, "placebo_words", 0, CONFIG, words)
+    assert metrics["env_loss"] != echo[0]["env_loss"]
+
+
+def test_no_verifier_no_policy_gradient(model):
+    """policy_weight 0: the gradient is lambda times that of the observations, rewards or not."""
+    config = replace(CONFIG, policy_weight=0.0, env_weight=0.3)
+    _, grads = gradients(model, episodes(model.config.vocab_size), "echo", config)
+    _, failed = gradients(model, episodes(model.config.vocab_size, rewards=[0] * 6), "echo", config)
+    close(grads, failed, 0.0)
+    _, _, expected = reference(model, episodes(model.config.vocab_size, rewards=[0] * 6), 0.3, config)
+    close(grads, expected)
+
+
+def test_parsed_only_leaves_out_rollouts_with_a_warning(model):
+    config = replace(CONFIG, policy_weight=0.0, env_weight=1.0, parsed_only=True)
+    batch = [e for seed in range(3) for e in episodes(model.config.vocab_size, seed=seed)]
+    clean = [e for e in batch if Role.WARNING not in e.transcript.roles]
+    assert 0 < len(clean) < len(batch)
+    _, grads = gradients(model, batch, "echo", config)
+    _, expected = gradients(model, clean, "echo", config)
+    close(grads, [g * len(clean) / len(batch) for g in expected])  # the mean is over all rollouts
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(model):

@@ -92,10 +92,10 @@ def stop_at(step, folder, monkeypatch):
     """Run until `step` steps are done, then as if the program were interrupted."""
     real = train.update
 
-    def interrupted(model, optimizer, episodes, arm, now, config):
+    def interrupted(model, optimizer, episodes, arm, now, *rest):
         if now == step:
             raise KeyboardInterrupt
-        return real(model, optimizer, episodes, arm, now, config)
+        return real(model, optimizer, episodes, arm, now, *rest)
 
     monkeypatch.setattr(train, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -128,4 +128,5 @@ TOOL_WORLDS = {
     "tool-ambient": partial(tool_world, "ambient"),
     "tool-lying": partial(tool_world, lying=True),
     "hard": partial(tool_world, hard=True),
+    "hard-lying": partial(tool_world, hard=True, lying=True),
 }

@@ -1,11 +1,21 @@
-"""What the figure scripts share: the data files, one style, running jobs on every core."""
+"""What the figure scripts share: runs and their data, jobs on every core, statistics, one style.
 
+A script's jobs are its runs: {key: (arm, Config)}. A finished run's lines stand in figures/data/SCRIPT.jsonl,
+each with the run's key and a digest of its Config; a run whose lines are there is never repeated.
+"""
+
+import argparse
+import fcntl
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib
 
@@ -14,43 +24,197 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts in figures/ import train and eval
-DATA, PNG = ROOT / "figures" / "data", ROOT / "figures" / "png"
-COLOURS = {"base": "#bbbbbb", "grpo": "#777777", "echo": "#d1495b", "placebo": "#3d6c9e", "floor": "#2e7d5b"}
+
+import train  # noqa: E402
+from echo_min import report  # noqa: E402
+from echo_min.config import Config  # noqa: E402
+from echo_min.sft import make_base  # noqa: E402
+from echo_min.worlds import load_world  # noqa: E402
+
+DATA, PNG, RUNS = ROOT / "figures" / "data", ROOT / "figures" / "png", Path("runs") / "figures"
+COLOURS = report.COLOURS | {
+    "base": "#bbbbbb",
+    "floor": "#2e7d5b",
+    "echo 0.05": "#e8a0a8",
+    "placebo_words": "#7a5aa6",
+    "placebo_outputs": "#5aa6a0",
+    "lying": "#c98a2b",
+}
+Jobs = dict[str, tuple[str, Config]]
+SETTINGS = {"eval_tasks": 200, "save_every": 25}  # of every experiment
 
 
-def load(experiment: str, command: str) -> list[dict]:
-    """The lines of figures/data/<experiment>.jsonl; ends the program naming the command that makes them."""
-    path = DATA / f"{experiment}.jsonl"
-    if not path.exists():
-        sys.exit(f"{path.relative_to(ROOT)} is missing; make it with: {command}")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+# ---- runs ----
 
 
-def append(experiment: str, lines: list[dict]) -> None:
-    DATA.mkdir(parents=True, exist_ok=True)
-    with open(DATA / f"{experiment}.jsonl", "a") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
+def digest(config: Config) -> str:
+    """Of every setting but those that say where and on what a run is made."""
+    settings = {k: v for k, v in asdict(config).items() if k not in ("name", "device", "threads", "model")}
+    return hashlib.sha1(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def base(config: Config, seed: int) -> Path:
+    """The base policy of a world (and turns, strength, seed), made if it is not there yet."""
+    world = config.tasks.removeprefix("world:").split("-")[0]  # tool-linked starts from tool's
+    strength = f"{config.base_observation_weight:g}"
+    path = RUNS / "bases" / f"{world}-{config.max_turns}-{strength}-{config.base_steps}-{seed}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            config = train.on_this_machine(replace(config, seed=seed, tasks=f"world:{world}"))
+            make_base(config, load_world(world), path)
+    return path
+
+
+def train_run(key: str, arm: str, config: Config) -> list[dict]:
+    """Train one arm, or what is left of it. -> a line an evaluation, with means of the steps before."""
+    folder = RUNS / key
+    train.main(replace(config, name=key.replace("/", "-"), arms=arm), folder)
+    lines, since = [], []
+    for r in report.read(folder / "metrics.jsonl"):
+        if "reward" in r:
+            since.append(r)
+        if "pass_rate" in r:
+            line = {"key": key, "config": digest(config), "world": config.tasks.removeprefix("world:")}
+            line |= {"arm": arm, "env_weight": config.env_weight if arm != "grpo" else 0.0}
+            line |= {"seed": config.seed, "step": r["step"], "pass_rate": r["pass_rate"]}
+            line |= {"pass_rate_greedy": r["pass_rate_greedy"], "observation_ce": r["expert_ce"]}
+            for name in ("reward", "command_diversity", "trivial_failures", "warning_tokens"):
+                if since:
+                    line[name] = round(fmean(s[name] for s in since), 5)
+            lines.append(line)
+            since = []
+    return lines
+
+
+# ---- jobs ----
+
+
+def load(experiment: str, jobs: Jobs) -> list[dict]:
+    """The experiment's lines. Says which jobs are missing or made with other settings, and the command that
+    makes them; ends the program if there is nothing at all."""
+    path, command = DATA / f"{experiment}.jsonl", f"python figures/{experiment}.py --run"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    have = {line["key"]: line["config"] for line in lines}
+    missing = [key for key in jobs if key not in have]
+    other = [key for key, (_, config) in jobs.items() if have.get(key, digest(config)) != digest(config)]
+    if other:
+        sys.exit(f"{path.name}: made with other settings: {', '.join(other)}; remove them, then {command}")
+    if len(missing) == len(jobs):
+        sys.exit(f"figures/data/{path.name} holds none of the {len(jobs)} runs; make them with: {command}")
+    if missing:
+        print(f"{path.name}: {len(missing)} of {len(jobs)} runs are missing; make them with: {command}")
+        print(f"missing: {' '.join(missing)}")
+    return [line for line in lines if line["key"] in jobs]
+
+
+def main(
+    experiment: str,
+    about: str,
+    jobs: Jobs,
+    run: Callable[[str, str, Config], list[dict]],
+    draw: Callable[[list[dict]], None],
+) -> None:
+    """The command line of a figure script: redraw from data, make what is missing, or make one run."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="store_true", help="make the runs that are missing, on all cores")
+    parser.add_argument("--only", default="", help="with --run: only runs whose key holds this text")
+    parser.add_argument("--job", help="make this run, in this process")
+    parser.add_argument("--quick", action="store_true", help="a few tiny runs, under runs/quick")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    if args.quick:
+        jobs = quick(jobs)
+    if args.job:
+        lines = run(args.job, *jobs[args.job])
+        DATA.mkdir(parents=True, exist_ok=True)
+        with open(DATA / f"{experiment}.jsonl", "a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        return
+    if args.run:
+        path = DATA / f"{experiment}.jsonl"
+        done = {json.loads(line)["key"] for line in path.read_text().splitlines()} if path.exists() else set()
+        todo = [key for key in jobs if key not in done and args.only in key]
+        run_all([[f"figures/{experiment}.py", *["--quick"] * args.quick, "--job", key] for key in todo])
+    draw(load(experiment, jobs))
+
+
+def tiny(config: Config) -> Config:
+    sizes = {"steps": 4, "eval_every": 2, "eval_tasks": 8, "tasks_per_step": 2, "group_size": 4}
+    return replace(config, **sizes, base_demonstrations=100, base_steps=20)
+
+
+def quick(jobs: Jobs) -> Jobs:
+    """At most a dozen jobs of the first seed, tiny; all they write goes to runs/quick."""
+    global DATA, PNG, RUNS
+    DATA, PNG, RUNS = (Path("runs") / "quick" / name for name in ("data", "png", "runs"))
+    seed = min(config.seed for _, config in jobs.values())
+    first = [key for key, (_, config) in jobs.items() if config.seed == seed]
+    return {key: (jobs[key][0], tiny(jobs[key][1])) for key in first[:: -(-len(first) // 12)]}
 
 
 def run_all(commands: list[list[str]]) -> None:
-    """Run each command in a process of its own, as many at a time as there are cores. Ends the program if one
-    fails."""
-    waiting, running, started = list(enumerate(commands, 1)), {}, time.time()
+    """Run each command in a process of its own, as many at a time as there are cores; show the time left."""
+    waiting, running, started, done = list(commands), {}, time.time(), 0
+    (ROOT / RUNS).mkdir(parents=True, exist_ok=True)
+    failed = []
     while waiting or running:
         while waiting and len(running) < (os.cpu_count() or 1):
-            number, command = waiting.pop(0)
-            running[subprocess.Popen([sys.executable, *command], cwd=ROOT)] = number
+            command = waiting.pop(0)
+            path = ROOT / RUNS / f"{command[-1].replace('/', '-').replace(' ', '-')}.log"
+            with open(path, "w") as log:
+                process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log)
+            running[process] = command[-1], path
         time.sleep(0.5)
         for process in [p for p in running if p.poll() is not None]:
-            number = running.pop(process)
+            name, path = running.pop(process)
+            done += 1
+            left = (time.time() - started) / done * (len(waiting) + len(running)) / 60
             if process.returncode:
-                for other in running:
-                    other.terminate()
-                sys.exit(f"run {number} of {len(commands)} failed; run the same command again to go on")
-            print(
-                f"run {number} of {len(commands)} done after {(time.time() - started) / 60:.1f} minutes",
-                flush=True,
-            )
+                failed.append(name)
+            state = f"FAILED, see {path}" if process.returncode else "done"
+            print(f"{name} {state}; {done} of {len(commands)}, about {left:.0f} minutes left", flush=True)
+    if failed:
+        sys.exit(f"{len(failed)} runs failed: {' '.join(failed)}; run the same command again to go on")
+
+
+# ---- statistics and style ----
+
+
+def pick(lines: list[dict], **wanted) -> list[dict]:
+    return [line for line in lines if all(line.get(k) == v for k, v in wanted.items())]
+
+
+def by_seed(lines: list[dict], key: str, **wanted) -> dict[int, float]:
+    """seed -> value; several lines of a seed are averaged."""
+    found: dict[int, list[float]] = {}
+    for line in pick(lines, **wanted):
+        if key in line:
+            found.setdefault(line["seed"], []).append(line[key])
+    return {seed: fmean(values) for seed, values in sorted(found.items())}
+
+
+def interval(values: list[float]) -> str:
+    """mean ± half-width of the 95 % interval"""
+    mean, half = report.mean_interval(values) if values else (float("nan"), float("nan"))
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def paired(a: dict[int, float], b: dict[int, float]) -> list[float]:
+    """b - a for the seeds that both have."""
+    return [b[seed] - a[seed] for seed in a if seed in b]
+
+
+def band(ax, lines: list[dict], key: str, colour: str, label: str, **style) -> None:
+    """Mean over seeds and its 95 % interval at every step."""
+    steps = sorted({line["step"] for line in lines if key in line})
+    points = [report.mean_interval([x[key] for x in lines if x["step"] == s and key in x]) for s in steps]
+    if not points:
+        return
+    ax.plot(steps, [mean for mean, _ in points], color=colour, lw=2, label=label, **style)
+    low, high = ([m + sign * h for m, h in points] for sign in (-1, 1))
+    ax.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
 
 
 def style(ax, **labels) -> None:
@@ -61,6 +225,6 @@ def style(ax, **labels) -> None:
 
 def save(fig, name: str) -> None:
     PNG.mkdir(parents=True, exist_ok=True)
-    fig.savefig(PNG / f"{name}.png", dpi=150)
+    fig.savefig(PNG / f"{name}.png", dpi=130)
     plt.close(fig)
     print(f"figures/png/{name}.png")

@@ -1,162 +1,174 @@
-"""Pass rate and observation CE over the steps of GRPO and ECHO, from one base a seed (paper: figure 2, table
-1).
+"""Learning curves of GRPO, ECHO and its placebos from one weak base a seed (paper: figure 2, tables 1, 2).
 
-python figures/learning_curves.py          redraws the picture and prints the table, from figures/data
-python figures/learning_curves.py --run    makes the data: a run a seed; finished seeds are not repeated
+python figures/learning_curves.py          redraws the pictures and prints the tables, from figures/data
+python figures/learning_curves.py --run    makes the runs that are missing
 """
 
-import argparse
 import random
 from dataclasses import replace
+from math import comb
+from statistics import fmean
 
 import common
 import matplotlib.pyplot as plt
-import torch
 
 import train
-from echo_min import report
+from echo_min import checkpoint
 from echo_min.config import Config
 from echo_min.policy import load_policy
+from echo_min.rollout import sample_episodes
 from echo_min.sft import record, supervise
 from echo_min.worlds import load_world
 from eval import expert_transcripts, observation_ce
 
-EXPERIMENT, SEEDS = "learning_curves", (1, 2, 3)
-COMMAND = "python figures/learning_curves.py --run"
+EXPERIMENT = "learning_curves"
+SEEDS = 1, 2, 3, 4, 5
+SCENES = {  # name -> (world, turns, steps, lambda chosen on a development seed, title)
+    "hard": ("hard", 1, 150, 1.0, "hard tool, one call"),
+    "tool": ("tool", 1, 150, 1.0, "tool, one call"),
+    "tool3": ("tool", 3, 150, 1.0, "tool, three calls"),
+    "file": ("file", 3, 150, 0.05, "files, three calls"),
+}
+ARMS = {  # name -> (arm, lambda or None for the chosen one)
+    "grpo": ("grpo", 0.05),
+    "echo": ("echo", None),
+    "echo 0.05": ("echo", 0.05),
+    "placebo": ("placebo", None),
+    "placebo_words": ("placebo_words", None),
+    "placebo_outputs": ("placebo_outputs", None),
+    "lying": ("echo", None),  # at a tool whose usage lines show wrong words
+    "floor": ("floor", 1.0),
+}
+LABELS = {
+    "grpo": "GRPO",
+    "echo": "ECHO",
+    "echo 0.05": "ECHO, paper's $\\lambda$ = 0.05",
+    "placebo": "placebo: tokens in random order",
+    "placebo_words": "placebo: only the telling words exchanged",
+    "placebo_outputs": "placebo: outputs exchanged",
+    "lying": "ECHO where the terminal lies",
+}
+EVERY = "hard", "tool"  # scenes with every arm; the others have the first three
 
 
-def run(seed: int) -> None:
-    """Base, GRPO, ECHO and the supervised floor of one seed; its lines are written when all of it is done."""
-    sizes = {"steps": 200, "eval_tasks": 200, "micro_batch_tokens": 16384}
-    config = Config(name=f"{EXPERIMENT}-{seed}", seed=seed, **sizes)
-    train.main(config, config.folder)
-    lines = [
-        {
-            "experiment": EXPERIMENT,
-            "world": config.tasks,
-            "arm": r["arm"],
-            "env_weight": 0.0 if r["arm"] == "grpo" else config.env_weight,
-            "seed": seed,
-            "step": r["step"],
-            "pass_rate": r["pass_rate"],
-            "pass_rate_greedy": r["pass_rate_greedy"],
-            "tasks": r["eval_tasks"],
-            "observation_ce": r["expert_ce"],
-        }
-        for r in report.read(config.folder / "metrics.jsonl")
-        if "pass_rate" in r
-    ]
-    common.append(EXPERIMENT, [*lines, floor(config)])
+def jobs() -> common.Jobs:
+    found = {}
+    for scene, (world, turns, steps, chosen, _) in SCENES.items():
+        for seed in SEEDS:
+            for name, (arm, weight) in ARMS.items():
+                if (scene not in EVERY and name not in ("grpo", "echo", "echo 0.05", "floor")) or (
+                    name == "echo 0.05" and chosen == 0.05
+                ):
+                    continue
+                tasks = f"world:{world}" + ("-lying" if name == "lying" else "")
+                settings = {"tasks": tasks, "max_turns": turns, "steps": steps, "seed": seed}
+                settings["env_weight"] = chosen if weight is None else weight
+                found[f"{scene}/{name}/{seed}"] = arm, Config(**common.SETTINGS, **settings)
+    return dict(sorted(found.items(), key=lambda job: job[1][1].seed))
 
 
-def floor(config: Config) -> dict:
+def run(key: str, arm: str, config: Config) -> list[dict]:
+    config = replace(config, model=str(common.base(config, config.seed)))
+    if arm == "floor":
+        return [floor(key, config)]
+    lines = common.train_run(key, arm, config)
+    model, tokenizer = load_policy(checkpoint.latest(common.RUNS / key / arm)[1])
+    held_out = load_world(config.tasks.removeprefix("world:")).held_out[: config.eval_tasks]
+    episodes = sample_episodes(model, tokenizer, held_out, 8, config, (4, config.seed))
+    passed = [sum(e.reward for e in episodes[i : i + 8]) for i in range(0, len(episodes), 8)]
+    for k in (1, 2, 4, 8):  # Chen et al. 2021: no bias
+        lines[-1][f"pass_at_{k}"] = fmean(1 - comb(8 - int(c), k) / comb(8, k) for c in passed)
+    return lines
+
+
+def floor(key: str, config: Config) -> dict:
     """How low supervision alone gets: the base, trained on the observations of expert episodes."""
+    config = train.on_this_machine(config)
     world = load_world(config.tasks.removeprefix("world:"))
-    model, tokenizer = load_policy(config.folder / "base")
+    model, tokenizer = load_policy(config.model)
     rng = random.Random("expert")
     training = record(tokenizer, [(task, world.expert(task, rng)) for task in world.train], config)
     transcripts = [e.transcript for e in training]
     supervise(model, transcripts, replace(config, base_observation_weight=1.0), action_weight=0.0)
     ce = observation_ce(model, expert_transcripts(tokenizer, world, config))
-    line = {"experiment": EXPERIMENT, "world": config.tasks, "arm": "floor", "seed": config.seed}
+    line = {"key": key, "config": common.digest(config), "arm": "floor", "seed": config.seed}
     return line | {"observation_ce": ce}
 
 
+# ---- pictures and tables ----
+
+
+def of(lines: list[dict], scene: str, name: str) -> list[dict]:
+    return [line for line in lines if line["key"].startswith(f"{scene}/{name}/")]
+
+
 def draw(lines: list[dict]) -> None:
-    fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
-    panels = ("pass_rate", "observation_ce", "pass_rate_greedy")
-    labels = ("pass rate, sampled", "observation CE (nats/token)", "pass rate, greedy")
-    seeds = sorted({line["seed"] for line in lines})
-    for ax, key, label in zip(axes, panels, labels, strict=True):
-        for arm in ("grpo", "echo"):
-            steps = sorted({line["step"] for line in lines if line["arm"] == arm})
-            curves = torch.tensor([values(lines, arm, step, key) for step in steps])  # [steps, seeds]
-            mean, half = torch.tensor([report.mean_interval(points.tolist()) for points in curves]).T
-            colour = common.COLOURS[arm]
-            ax.plot(steps, curves, color=colour, lw=0.8, alpha=0.5)
-            ax.plot(steps, mean, color=colour, lw=2.2, label=arm.upper())
-            ax.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.12, lw=0)
-        top = 1.02 if key != "observation_ce" else 1.1 * max(line["observation_ce"] for line in lines)
-        common.style(ax, xlabel="step", ylabel=label, ylim=(0, top))
-    mean, _ = report.mean_interval(values(lines, "floor", None, "observation_ce"))
-    axes[1].axhline(mean, color=common.COLOURS["floor"], ls="--", lw=2, label="supervised floor")
-    for ax in axes:
-        ax.legend(frameon=False, fontsize=8)
-    title = f"{lines[0]['world']}, 200 held-out tasks: {len(seeds)} seeds, their mean, its 95 % interval"
-    fig.suptitle(title, fontsize=10)
-    common.save(fig, EXPERIMENT)
+    scenes = [scene for scene in SCENES if of(lines, scene, "grpo")]
+    for key, name, label in (
+        ("pass_rate", EXPERIMENT, "pass rate, held-out tasks"),
+        ("pass_rate_greedy", f"{EXPERIMENT}_greedy", "greedy pass rate, held-out tasks"),
+    ):
+        fig, axes = plt.subplots(1, len(scenes), figsize=(4.2 * len(scenes), 3.9), squeeze=False, sharey=True)
+        for ax, scene in zip(axes[0], scenes, strict=True):
+            for arm in LABELS:
+                curve, faint = of(lines, scene, arm), arm not in ("grpo", "echo", "echo 0.05")
+                common.band(ax, curve, key, common.COLOURS[arm], LABELS[arm], ls="--" if faint else "-")
+            seeds = len({line["seed"] for line in of(lines, scene, "grpo")})
+            title = f"{SCENES[scene][4]} ($\\lambda$ = {SCENES[scene][3]:g}, {seeds} seeds)"
+            common.style(ax, xlabel="step", ylabel=label, ylim=(0, 1.02))
+            ax.set_title(title, fontsize=10)
+        handles = axes[0][0].get_legend_handles_labels()
+        fig.legend(*handles, loc="lower center", ncols=4, frameon=False, fontsize=9)
+        fig.tight_layout(rect=(0, 0.14, 1, 1))
+        common.save(fig, name)
+    for scene in scenes:
+        table(lines, scene)
 
 
-def values(lines: list[dict], arm: str, step: int | None, key: str) -> list[float]:
-    return [
-        line[key]
-        for line in sorted(lines, key=lambda x: x["seed"])
-        if line["arm"] == arm and line.get("step") == step
-    ]
+def area(lines: list[dict], key: str) -> dict[int, float]:
+    """Mean over the curve, every evaluation after step 0: one number a seed."""
+    return common.by_seed([line for line in lines if line.get("step")], key)
 
 
-def table(lines: list[dict]) -> None:
-    steps = sorted({line["step"] for line in lines if line["arm"] == "echo"})
-
-    def curve_mean(arm: str, key: str) -> list[float]:
-        """One number a seed: the mean over all evaluations after step 0."""
-        per_step = [values(lines, arm, step, key) for step in steps[1:]]
-        return [sum(column) / len(column) for column in zip(*per_step, strict=True)]
-
-    print("| | GRPO | ECHO | paired difference |\n|---|---|---|---|")
-    rows = [
-        (
-            f"pass rate, step {step}",
-            values(lines, "grpo", step, "pass_rate"),
-            values(lines, "echo", step, "pass_rate"),
-        )
-        for step in steps
-    ]
-    rows += [
-        (f"{name}, mean over the curve", curve_mean("grpo", key), curve_mean("echo", key))
-        for name, key in (("pass rate", "pass_rate"), ("greedy pass rate", "pass_rate_greedy"))
-    ]
-    rows += [
-        (
-            f"expert's observation CE, step {step}",
-            values(lines, "grpo", step, "observation_ce"),
-            values(lines, "echo", step, "observation_ce"),
-        )
-        for step in (steps[0], steps[-1])
-    ]
-    for name, grpo, echo in rows:
-        cells = [grpo, echo, [b - a for a, b in zip(grpo, echo, strict=True)]]
-        print(
-            f"| {name} | "
-            + " | ".join("{:.3f} ± {:.3f}".format(*report.mean_interval(cell)) for cell in cells)
-            + " |"
-        )
-    print(
-        "\nsupervised floor of observation CE: {:.3f} ± {:.3f}".format(
-            *report.mean_interval(values(lines, "floor", None, "observation_ce"))
-        )
-    )
+def peak_step(lines: list[dict], grpo: list[dict]) -> dict[int, float]:
+    """seed -> (first step at which this arm reaches GRPO's best pass rate) / (GRPO's own first such step)."""
+    ratios = {}
+    for seed in {line["seed"] for line in lines} & {line["seed"] for line in grpo}:
+        own = common.pick(grpo, seed=seed)
+        best = max(line["pass_rate"] for line in own)
+        first = [min((x["step"] for x in curve if x["pass_rate"] >= best), default=None)
+                 for curve in (common.pick(lines, seed=seed), own)]  # fmt: skip
+        if first[0] is not None:
+            ratios[seed] = first[0] / first[1]
+    return ratios
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", action="store_true", help="make the data that is missing, on all cores")
-    parser.add_argument("--seed", type=int, help="make one seed's data in this process")
-    args = parser.parse_args()
-    path = common.DATA / f"{EXPERIMENT}.jsonl"
-    if args.seed is not None:
-        return run(args.seed)
-    if args.run:
-        done = {line["seed"] for line in common.load(EXPERIMENT, COMMAND)} if path.exists() else set()
-        common.run_all([["figures/learning_curves.py", "--seed", str(s)] for s in SEEDS if s not in done])
-    lines = common.load(EXPERIMENT, COMMAND)
-    if missing := set(SEEDS) - {line["seed"] for line in lines}:
-        print(f"seeds {sorted(missing)} are missing; make them with: {COMMAND}")
-    draw(lines)
-    table(lines)
+def table(lines: list[dict], scene: str) -> None:
+    grpo, steps = of(lines, scene, "grpo"), SCENES[scene][2]
+    print(f"\n{SCENES[scene][4]}: mean ± 95 % interval over seeds\n")
+    print("| | steps 25 | 50 | 75 | 100 | last | mean over the curve | minus GRPO, paired | greedy | pass@8 |"
+          " steps to GRPO's best / GRPO's | observation CE, last / base |\n" + "|---" * 12 + "|")  # fmt: skip
+    for arm in LABELS:
+        mine = of(lines, scene, arm)
+        if not mine:
+            continue
+        cells = [list(common.by_seed(mine, "pass_rate", step=s).values()) for s in (25, 50, 75, 100, steps)]
+        cells += [list(area(mine, "pass_rate").values())]
+        cells += [common.paired(area(grpo, "pass_rate"), area(mine, "pass_rate"))]
+        cells += [list(area(mine, "pass_rate_greedy").values())]
+        cells += [list(common.by_seed(mine, "pass_at_8").values())]
+        ratios = peak_step(mine, grpo)
+        cells += [list(ratios.values())]
+        first, last = (common.by_seed(mine, "observation_ce", step=s) for s in (0, steps))
+        cells += [[last[seed] / first[seed] for seed in last]]
+        reached = f" ({len(ratios)} of {len({x['seed'] for x in mine})})"
+        texts = [common.interval(cell) for cell in cells]
+        texts[9 - 0] += reached
+        print(f"| {LABELS[arm]} | " + " | ".join(texts) + " |")
+    floors = [line["observation_ce"] for line in of(lines, scene, "floor")]
+    bases = [line["observation_ce"] for line in grpo if line["step"] == 0]
+    print(f"\nobservation CE: base {common.interval(bases)}, supervised floor {common.interval(floors)}")
 
 
 if __name__ == "__main__":
-    main()
+    common.main(EXPERIMENT, __doc__, jobs(), run, draw)

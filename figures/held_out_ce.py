@@ -1,0 +1,64 @@
+"""How well each arm predicts the terminal on the trajectories of another, stronger policy (paper: figure 3).
+
+python figures/held_out_ce.py    draws it from the data of learning_curves.py; there is nothing else to run
+"""
+
+import sys
+
+import common
+import learning_curves
+import matplotlib.pyplot as plt
+from learning_curves import LABELS, SCENES, of
+
+BARS = "base", "grpo", "echo 0.05", "echo", "placebo_words", "placebo_outputs", "placebo", "floor"
+PAPER = {  # (GRPO, ECHO) relative to the base, the range over figure 3's panels with Qwen3-8B and 14B
+    "grpo": (0.92, 1.00),
+    "echo": (0.24, 0.79),
+}
+
+
+def relative(lines: list[dict], scene: str, arm: str) -> list[float]:
+    """CE after the last step over the base's, one number a seed."""
+    first = common.by_seed(of(lines, scene, "grpo"), "observation_ce", step=0)
+    step = {} if arm == "floor" else {"step": SCENES[scene][2]}
+    last = common.by_seed(of(lines, scene, arm), "observation_ce", **step)
+    return [last[seed] / first[seed] for seed in last if seed in first]
+
+
+def main() -> None:
+    lines = common.load(learning_curves.EXPERIMENT, learning_curves.jobs())
+    scenes = [scene for scene in SCENES if of(lines, scene, "grpo")]
+    fig, axes = plt.subplots(1, len(scenes), figsize=(4 * len(scenes), 4.2), squeeze=False, sharey=True)
+    print("observation CE on the expert's trajectories after training / the base's, ± 95 % interval\n")
+    print("| | " + " | ".join(SCENES[scene][4] for scene in scenes) + " |")
+    print("|---" * (len(scenes) + 1) + "|")
+    table = {arm: [] for arm in BARS[1:]}
+    for ax, scene in zip(axes[0], scenes, strict=True):
+        ax.axhline(1, color="#999999", lw=1)
+        for x, arm in enumerate(BARS):
+            values = [1.0] if arm == "base" else relative(lines, scene, arm)
+            if arm != "base":
+                table[arm].append(common.interval(values) if values else "")
+            if not values:
+                continue
+            mean, half = common.report.mean_interval(values)
+            ax.bar(x, mean, yerr=half if len(values) > 1 else None, color=common.COLOURS[arm], capsize=3)
+            ax.annotate(f"{100 * (mean - 1):+.0f} %", (x, mean), ha="center", va="bottom", fontsize=8)
+            if arm in PAPER:
+                low, high = PAPER[arm]
+                ax.fill_between([x - 0.45, x + 0.45], low, high, color="black", alpha=0.25, lw=0)
+        names = ["\n".join(arm.replace("_", " ").split()) for arm in BARS]
+        ax.set_xticks(range(len(BARS)), names, fontsize=7)
+        common.style(ax, ylabel="observation CE / the base's" if ax is axes[0, 0] else "", ylim=(0, 2.5))
+        ax.set_title(f"{SCENES[scene][4]}", fontsize=10)
+    fig.suptitle("grey: the paper's range (Qwen3-8B and 14B, three task sets)", fontsize=9)
+    fig.tight_layout()
+    common.save(fig, "held_out_ce")
+    for arm, cells in table.items():
+        print(f"| {LABELS.get(arm, arm)} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(__doc__)
+    main()

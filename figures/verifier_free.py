@@ -1,0 +1,109 @@
+"""Training on without a verifier: no reward, observation CE alone, on verbs never trained (paper: figure 5,
+table 4).
+
+python figures/verifier_free.py          redraws the picture and prints the table, from figures/data
+python figures/verifier_free.py --run    makes the runs that are missing
+"""
+
+from dataclasses import replace
+
+import common
+import learning_curves
+import matplotlib.pyplot as plt
+
+import train
+from echo_min import checkpoint
+from echo_min.config import Config
+from echo_min.policy import load_policy
+from echo_min.rollout import sample_episodes
+from echo_min.worlds import load_world
+from eval import graded
+
+EXPERIMENT = "verifier_free"
+SEEDS = learning_curves.SEEDS
+SCENE = "tool"  # whose checkpoints it starts from
+STEPS = 60
+FAMILIES = {
+    "linked": "output follows from the command",
+    "ambient": "output does not follow from the command",
+}
+ARMS = {  # name -> (start, arm, settings, colour, label)
+    "echo": ("echo", "echo", {}, common.COLOURS["echo"], "from ECHO"),
+    "parsed": ("echo", "echo", {"parsed_only": True}, "#e8a0a8", "from ECHO, cleanly parsed rollouts only"),
+    "grpo": ("grpo", "echo", {}, common.COLOURS["grpo"], "from GRPO"),
+    "placebo": ("echo", "placebo_words", {}, common.COLOURS["placebo"], "from ECHO, telling words exchanged"),
+}
+
+
+def jobs() -> common.Jobs:
+    found = {}
+    for seed in SEEDS:
+        for family in FAMILIES:
+            for name, (_, arm, settings, *_) in ARMS.items():
+                settings = settings | {"tasks": f"world:{SCENE}-{family}", "seed": seed, "steps": STEPS}
+                settings |= {"max_turns": 1, "policy_weight": 0.0, "env_weight": 1.0, "eval_every": 10}
+                found[f"{family}/{name}/{seed}"] = arm, Config(**common.SETTINGS, **settings)
+    return found
+
+
+def run(key: str, arm: str, config: Config) -> list[dict]:
+    _, name, seed = key.split("/")
+    lines = common.train_run(key, arm, replace(config, model=str(start(ARMS[name][0], int(seed)))))
+    _, last = checkpoint.latest(common.RUNS / key / arm)
+    for line, path in ((lines[0], start(ARMS[name][0], int(seed))), (lines[-1], last)):
+        model, tokenizer = load_policy(path)
+        trained = load_world(SCENE).held_out[: config.eval_tasks]
+        episodes = sample_episodes(model, tokenizer, trained, 1, config, (5, config.seed))
+        rewards = graded(episodes)
+        line["pass_rate_trained"] = sum(rewards) / len(rewards)
+    return lines
+
+
+def start(arm: str, seed: int):
+    """The last checkpoint of a run of learning_curves.py, which is made if it is not there."""
+    key = f"{SCENE}/{arm}/{seed}"
+    folder = common.RUNS / key / arm
+    arm, config = learning_curves.jobs()[key]
+    if common.Path("runs/quick") in common.RUNS.parents:
+        config = common.tiny(config)
+    if not (found := checkpoint.latest(folder)) or found[0] < config.steps:
+        config = replace(config, model=str(common.base(config, seed)), arms=arm, name=key.replace("/", "-"))
+        train.main(config, common.RUNS / key)
+    return checkpoint.latest(folder)[1]
+
+
+def draw(lines: list[dict]) -> None:
+    fig, axes = plt.subplots(1, len(FAMILIES), figsize=(9, 3.9), sharey=True)
+    for ax, (family, title) in zip(axes, FAMILIES.items(), strict=True):
+        for name, (*_, colour, label) in ARMS.items():
+            mine = [line for line in lines if line["key"].startswith(f"{family}/{name}/")]
+            common.band(ax, mine, "pass_rate", colour, label, ls="--" if name == "placebo" else "-")
+        common.style(ax, xlabel="step without a reward", ylabel="pass rate, held-out tasks", ylim=(0, 1.02))
+        ax.set_title(f"{family}: {title}", fontsize=10)
+    handles = axes[0].get_legend_handles_labels()
+    fig.legend(*handles, loc="lower center", ncols=2, frameon=False, fontsize=9)
+    fig.tight_layout(rect=(0, 0.13, 1, 1))
+    common.save(fig, EXPERIMENT)
+    table(lines)
+
+
+def table(lines: list[dict]) -> None:
+    print("| verbs | | pass rate before | after | change | change, greedy | trained verbs: before | after |")
+    print("|---" * 8 + "|")
+    for family in FAMILIES:
+        for name, (*_, label) in ARMS.items():
+            mine = [line for line in lines if line["key"].startswith(f"{family}/{name}/")]
+            if not mine:
+                continue
+            ends = {
+                key: [common.by_seed(mine, key, step=step) for step in (0, STEPS)]
+                for key in ("pass_rate", "pass_rate_greedy", "pass_rate_trained")
+            }
+            cells = [list(end.values()) for end in ends["pass_rate"]]
+            cells += [common.paired(*ends["pass_rate"]), common.paired(*ends["pass_rate_greedy"])]
+            cells += [list(end.values()) for end in ends["pass_rate_trained"]]
+            print(f"| {family} | {label} | " + " | ".join(map(common.interval, cells)) + " |")
+
+
+if __name__ == "__main__":
+    common.main(EXPERIMENT, __doc__, jobs(), run, draw)

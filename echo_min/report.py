@@ -12,7 +12,13 @@ import matplotlib.pyplot as plt
 from echo_min.masking import Role, Transcript
 
 Token = tuple[str, Role, float]  # text, who wrote it, surprise in nats (0 outside observations)
-COLOURS = {"grpo": "#777777", "echo": "#d1495b", "placebo": "#3d6c9e"}
+COLOURS = {
+    "grpo": "#777777",
+    "echo": "#d1495b",
+    "placebo": "#3d6c9e",
+    "placebo_words": "#7a5aa6",
+    "placebo_outputs": "#5aa6a0",
+}
 
 
 def log(path: Path, record: dict) -> None:

@@ -36,8 +36,6 @@ COLOURS = report.COLOURS | {
     "base": "#bbbbbb",
     "floor": "#2e7d5b",
     "echo 0.05": "#e8a0a8",
-    "placebo_words": "#7a5aa6",
-    "placebo_outputs": "#5aa6a0",
     "lying": "#c98a2b",
 }
 Jobs = dict[str, tuple[str, Config]]
@@ -127,6 +125,8 @@ def main(
     if args.quick:
         jobs = quick(jobs)
     if args.job:
+        if args.job not in jobs:
+            parser.error(f"--job: {args.job!r} is not one of: {', '.join(jobs)}")
         lines = run(args.job, *jobs[args.job])
         DATA.mkdir(parents=True, exist_ok=True)
         with open(DATA / f"{experiment}.jsonl", "a") as file:

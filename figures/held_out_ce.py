@@ -20,8 +20,9 @@ PAPER = {  # (GRPO, ECHO) relative to the base, the range over figure 3's panels
 def relative(lines: list[dict], scene: str, arm: str) -> list[float]:
     """CE after the last step over the base's, one number a seed."""
     first = common.by_seed(of(lines, scene, "grpo"), "observation_ce", step=0)
-    step = {} if arm == "floor" else {"step": SCENES[scene][2]}
-    last = common.by_seed(of(lines, scene, arm), "observation_ce", **step)
+    mine = of(lines, scene, arm)
+    steps = max((line["step"] for line in mine if "step" in line), default=None)  # the floor has no steps
+    last = common.by_seed([x for x in mine if x.get("step") == steps], "observation_ce")
     return [last[seed] / first[seed] for seed in last if seed in first]
 
 

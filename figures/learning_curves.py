@@ -25,10 +25,11 @@ EXPERIMENT = "learning_curves"
 SEEDS = 1, 2, 3, 4, 5
 SCENES = {  # name -> (world, turns, steps, lambda chosen on a development seed, title)
     "hard": ("hard", 1, 150, 1.0, "hard tool, one call"),
-    "tool": ("tool", 1, 150, 1.0, "tool, one call"),
-    "tool3": ("tool", 3, 150, 1.0, "tool, three calls"),
-    "file": ("file", 3, 150, 0.05, "files, three calls"),
+    "tool": ("tool", 1, 100, 1.0, "tool, one call"),
+    "tool3": ("tool", 3, 100, 1.0, "tool, three calls"),
+    "file": ("file", 3, 100, 0.05, "files, three calls"),
 }
+CONTROL_STEPS = 75  # of the placebos and of the lying terminal
 ARMS = {  # name -> (arm, lambda or None for the chosen one)
     "grpo": ("grpo", 0.05),
     "echo": ("echo", None),
@@ -48,7 +49,8 @@ LABELS = {
     "placebo_outputs": "placebo: outputs exchanged",
     "lying": "ECHO where the terminal lies",
 }
-EVERY = "hard", "tool"  # scenes with every arm; the others have the first three
+HEADLINE = "hard"  # the scene with every arm; the others have GRPO, ECHO and the floor
+MAIN = "grpo", "echo", "echo 0.05", "floor"
 
 
 def jobs() -> common.Jobs:
@@ -56,12 +58,12 @@ def jobs() -> common.Jobs:
     for scene, (world, turns, steps, chosen, _) in SCENES.items():
         for seed in SEEDS:
             for name, (arm, weight) in ARMS.items():
-                if (scene not in EVERY and name not in ("grpo", "echo", "echo 0.05", "floor")) or (
-                    name == "echo 0.05" and chosen == 0.05
-                ):
+                control = name not in MAIN
+                if (control and scene != HEADLINE) or (name == "echo 0.05" and chosen == 0.05):
                     continue
                 tasks = f"world:{world}" + ("-lying" if name == "lying" else "")
-                settings = {"tasks": tasks, "max_turns": turns, "steps": steps, "seed": seed}
+                settings = {"tasks": tasks, "max_turns": turns, "seed": seed}
+                settings["steps"] = CONTROL_STEPS if control else steps
                 settings["env_weight"] = chosen if weight is None else weight
                 found[f"{scene}/{name}/{seed}"] = arm, Config(**common.SETTINGS, **settings)
     return dict(sorted(found.items(), key=lambda job: job[1][1].seed))
@@ -126,8 +128,8 @@ def draw(lines: list[dict]) -> None:
 
 
 def area(lines: list[dict], key: str) -> dict[int, float]:
-    """Mean over the curve, every evaluation after step 0: one number a seed."""
-    return common.by_seed([line for line in lines if line.get("step")], key)
+    """Mean over the curve, every evaluation after step 0 up to CONTROL_STEPS: one number a seed."""
+    return common.by_seed([line for line in lines if 0 < line["step"] <= CONTROL_STEPS], key)
 
 
 def peak_step(lines: list[dict], grpo: list[dict]) -> dict[int, float]:
@@ -144,26 +146,28 @@ def peak_step(lines: list[dict], grpo: list[dict]) -> dict[int, float]:
 
 
 def table(lines: list[dict], scene: str) -> None:
-    grpo, steps = of(lines, scene, "grpo"), SCENES[scene][2]
+    grpo = of(lines, scene, "grpo")
     print(f"\n{SCENES[scene][4]}: mean ± 95 % interval over seeds\n")
-    print("| | steps 25 | 50 | 75 | 100 | last | mean over the curve | minus GRPO, paired | greedy | pass@8 |"
-          " steps to GRPO's best / GRPO's | observation CE, last / base |\n" + "|---" * 12 + "|")  # fmt: skip
+    print("| | step 25 | 50 | 75 | 100 | 150 | mean over the curve to 75 | minus GRPO, paired | greedy |"
+          " pass@8 | steps to GRPO's best / GRPO's | observation CE, last / base |")  # fmt: skip
+    print("|---" * 12 + "|")
     for arm in LABELS:
         mine = of(lines, scene, arm)
         if not mine:
             continue
-        cells = [list(common.by_seed(mine, "pass_rate", step=s).values()) for s in (25, 50, 75, 100, steps)]
+        cells = [list(common.by_seed(mine, "pass_rate", step=s).values()) for s in (25, 50, 75, 100, 150)]
         cells += [list(area(mine, "pass_rate").values())]
         cells += [common.paired(area(grpo, "pass_rate"), area(mine, "pass_rate"))]
         cells += [list(area(mine, "pass_rate_greedy").values())]
         cells += [list(common.by_seed(mine, "pass_at_8").values())]
         ratios = peak_step(mine, grpo)
         cells += [list(ratios.values())]
+        steps = max(line["step"] for line in mine)
         first, last = (common.by_seed(mine, "observation_ce", step=s) for s in (0, steps))
         cells += [[last[seed] / first[seed] for seed in last]]
         reached = f" ({len(ratios)} of {len({x['seed'] for x in mine})})"
         texts = [common.interval(cell) for cell in cells]
-        texts[9 - 0] += reached
+        texts[9] += reached
         print(f"| {LABELS[arm]} | " + " | ".join(texts) + " |")
     floors = [line["observation_ce"] for line in of(lines, scene, "floor")]
     bases = [line["observation_ce"] for line in grpo if line["step"] == 0]

@@ -40,9 +40,17 @@ gpu: .venv/bench
 	$(PY) -m kernels.bench
 	$(PY) -m kernels.price --batch 16 --tokens 2048
 
-.PHONY: figures reproduce
+# figures draws from the committed data; reproduce makes what is missing of it (hours), reproduce-quick tries every
+# kind of run at a toy size.
+FIGURES := learning_curves lambda_sweep verifier_free
+.PHONY: figures reproduce reproduce-quick
 figures: .venv/ready
-	$(PY) figures/learning_curves.py
+	for name in $(FIGURES) held_out_ce surprise; do $(PY) figures/$$name.py || exit 1; done
 
 reproduce: .venv/ready
-	$(PY) figures/learning_curves.py --run
+	for name in $(FIGURES); do $(PY) figures/$$name.py --run || exit 1; done
+	$(PY) figures/held_out_ce.py
+
+reproduce-quick: .venv/ready
+	rm -rf runs/quick
+	for name in $(FIGURES); do $(PY) figures/$$name.py --quick --run || exit 1; done

@@ -29,7 +29,8 @@ def call(verb: str, keyword: str | None, file: str) -> str:
 
 
 def python_task(facts: dict[str, str], verb: str, file: str, other: str) -> Task:
-    functions = "import io\n" + "".join(FUNCTION.format(verb=verb, keyword=keyword) for verb, keyword in facts.items())
+    functions = "import io\n"
+    functions += "".join(FUNCTION.format(verb=name, keyword=keyword) for name, keyword in facts.items())
     return Task(
         name=f"python-{verb}-{file}",
         instruction=f"{verb} {file}",

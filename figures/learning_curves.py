@@ -140,7 +140,7 @@ def peak_step(lines: list[dict], grpo: list[dict]) -> dict[int, float]:
         best = max(line["pass_rate"] for line in own)
         first = [min((x["step"] for x in curve if x["pass_rate"] >= best), default=None)
                  for curve in (common.pick(lines, seed=seed), own)]  # fmt: skip
-        if first[0] is not None:
+        if first[0] is not None and first[1]:
             ratios[seed] = first[0] / first[1]
     return ratios
 

@@ -38,16 +38,22 @@ ARMS = {  # name -> (arm, lambda or None for the chosen one)
     "placebo_words": ("placebo_words", None),
     "placebo_outputs": ("placebo_outputs", None),
     "lying": ("echo", None),  # at a tool whose usage lines show wrong words
+    "placebo_words 0.05": ("placebo_words", 0.05),
+    "placebo_outputs 0.05": ("placebo_outputs", 0.05),
+    "lying 0.05": ("echo", 0.05),
     "floor": ("floor", 1.0),
 }
 LABELS = {
     "grpo": "GRPO",
     "echo": "ECHO",
-    "echo 0.05": "ECHO, paper's $\\lambda$ = 0.05",
+    "echo 0.05": "ECHO, paper's lambda 0.05",
     "placebo": "placebo: tokens in random order",
-    "placebo_words": "placebo: only the telling words exchanged",
+    "placebo_words": "placebo: telling words exchanged",
     "placebo_outputs": "placebo: outputs exchanged",
-    "lying": "ECHO where the terminal lies",
+    "lying": "ECHO, the terminal lies",
+    "placebo_words 0.05": "telling words exchanged, 0.05",
+    "placebo_outputs 0.05": "outputs exchanged, 0.05",
+    "lying 0.05": "the terminal lies, 0.05",
 }
 HEADLINE = "hard"  # the scene with every arm; the others have GRPO, ECHO and the floor
 MAIN = "grpo", "echo", "echo 0.05", "floor"
@@ -61,7 +67,7 @@ def jobs() -> common.Jobs:
                 control = name not in MAIN
                 if (control and scene != HEADLINE) or (name == "echo 0.05" and chosen == 0.05):
                     continue
-                tasks = f"world:{world}" + ("-lying" if name == "lying" else "")
+                tasks = f"world:{world}" + ("-lying" if name.startswith("lying") else "")
                 settings = {"tasks": tasks, "max_turns": turns, "seed": seed}
                 settings["steps"] = CONTROL_STEPS if control else steps
                 settings["env_weight"] = chosen if weight is None else weight
@@ -113,8 +119,9 @@ def draw(lines: list[dict]) -> None:
         fig, axes = plt.subplots(1, len(scenes), figsize=(4.2 * len(scenes), 3.9), squeeze=False, sharey=True)
         for ax, scene in zip(axes[0], scenes, strict=True):
             for arm in LABELS:
-                curve, faint = of(lines, scene, arm), arm not in ("grpo", "echo", "echo 0.05")
-                common.band(ax, curve, key, common.COLOURS[arm], LABELS[arm], ls="--" if faint else "-")
+                colour = common.COLOURS.get(arm) or common.COLOURS[arm.removesuffix(" 0.05")]
+                dashes = "-" if arm in MAIN else ":" if arm.endswith("0.05") else "--"
+                common.band(ax, of(lines, scene, arm), key, colour, LABELS[arm], ls=dashes)
             seeds = len({line["seed"] for line in of(lines, scene, "grpo")})
             title = f"{SCENES[scene][4]} ($\\lambda$ = {SCENES[scene][3]:g}, {seeds} seeds)"
             common.style(ax, xlabel="step", ylabel=label, ylim=(0, 1.02))

@@ -11,13 +11,16 @@ nothing, the box is thrown away.
 """
 
 import atexit
+import errno
 import functools
 import math
 import os
+import platform
 import re
 import select
 import shutil
 import signal
+import struct
 import subprocess
 import tempfile
 import threading
@@ -155,6 +158,7 @@ def _files(limits: Limits, tools: dict[str, bytes]) -> dict[tuple[str, str], int
         ("/etc/passwd", "0444"): b"root:x:0:0::/:/bin/false\nagent:x:1000:1000::/work:/bin/bash\n",
         ("/etc/group", "0444"): b"root:x:0:\nagent:x:1000:\n",
         ("/opt/relay", "0444"): (_settings(limits) + RELAY).encode(),
+        ("/opt/filter", "0444"): _syscall_filter(),
     }
     files |= {(f"/opt/tools/{name}", "0555"): content for name, content in tools.items()}
     for key, content in files.items():
@@ -162,6 +166,32 @@ def _files(limits: Limits, tools: dict[str, bytes]) -> dict[tuple[str, str], int
         os.write(files[key], content)
         os.lseek(files[key], 0, os.SEEK_SET)
     return files
+
+
+def _syscall_filter() -> bytes:
+    """A seccomp program (struct sock_filter[]) for the agent: ENOSYS for what no limit counts (memory outside
+    of processes and file systems), what would outlive the episode (keys, extended attributes), and sockets
+    that no network namespace holds (vsock reaches a virtual machine's host)."""
+    machines = {  # architecture, socket, [memfd_create shmget msgget semget mq_open add_key request_key
+        # keyctl setxattr lsetxattr fsetxattr userfaultfd bpf perf_event_open]
+        "x86_64": (0xC000003E, 41, [319, 29, 68, 64, 240, 248, 249, 250, 188, 189, 190, 323, 321, 298]),
+        "aarch64": (0xC00000B7, 198, [279, 194, 186, 190, 180, 217, 218, 219, 5, 6, 7, 282, 280, 241]),
+    }
+    if platform.machine() not in machines:
+        raise SandboxUnavailable(f"no sandbox for {platform.machine()} yet; {HELP}")
+    architecture, socket, refused = machines[platform.machine()]
+    refused = [*refused, 425, 447, 463]  # io_uring_setup, memfd_secret, setxattrat
+    families = [1, 2, 10, 16]  # unix, inet, inet6, netlink
+    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
+    # (code, lines to skip if true, if false, operand); data at 0: the call, 4: architecture, 16: argument
+    last = 7 + len(refused) + len(families)  # the line that refuses; the one before allows
+    program = [(load, 0, 0, 4), (equal, 0, last - 2, architecture), (load, 0, 0, 0)]
+    program += [(at_least, last - 4, 0, 0x40000000)]  # the x32 calls
+    program += [(equal, last - 5 - i, 0, number) for i, number in enumerate(refused)]
+    program += [(equal, 0, len(families) + 1, socket), (load, 0, 0, 16)]
+    program += [(equal, len(families) - 1 - i, i == len(families) - 1, f) for i, f in enumerate(families)]
+    program += [(answer, 0, 0, 0x7FFF0000), (answer, 0, 0, 0x00050000 | errno.ENOSYS)]
+    return b"".join(struct.pack("=HBBI", *line) for line in program)
 
 
 def _settings(limits: Limits) -> str:
@@ -175,8 +205,8 @@ def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> l
     binary, binds, inside = _bwrap()
     tmpfs = f"--size {limits.work_mb * 2**20} --tmpfs"
     inner = f"""inner='{inside} --unshare-user --disable-userns --unshare-pid --unshare-ipc --as-pid-1
-        --dev-bind / / --proc /proc {tmpfs} /tmp --chdir /work --setenv PATH /opt/tools:/usr/bin:/bin
-        bash --norc --noprofile /opt/relay'\n"""
+        --seccomp 9 --dev-bind / / --proc /proc {tmpfs} /tmp --chdir /work
+        --setenv PATH /opt/tools:/usr/bin:/bin bash --norc --noprofile /opt/relay'\n"""
     command = [binary, *binds]
     if os.geteuid() == 0:  # root is exempt from the limit on processes: a fork bomb would take the machine
         # not Popen(user=...), which copies this process's page tables to fork

@@ -8,7 +8,7 @@ while IFS= read -r -d '' order; do
         length=${order#open } files=
         ((length == 0)) || read -r -N $length files
         (eval "$files"); echo $?
-        $inner <&$requests >&$status 2>&$output {requests}<&- {status}>&- {output}>&- & ;;
+        $inner 9</opt/filter <&$requests >&$status 2>&$output {requests}<&- {status}>&- {output}>&- & ;;
     late) kill -URG -- -$! && echo sent || echo gone ;;
     verify\ *)
         read -r -N ${order#verify } verifier

@@ -248,6 +248,32 @@ def test_limit(terminal, name):
     assert terminal.run(command).text.splitlines()[-1] == expected
 
 
+SYSCALLS = """
+import ctypes, mmap, os, socket
+c = ctypes.CDLL(None, use_errno=True)
+def say(name, result):
+    print(name, "refused" if result == -1 and ctypes.get_errno() == 38 else result)
+say("memfd", c.memfd_create(b"x", 0))
+say("shm", c.shmget(0, 4096, 0o1777))
+say("msg", c.msgget(0, 0o1777))
+say("keyctl", c.syscall({"x86_64": 250, "aarch64": 219}[os.uname().machine], 0, -3, 1))
+say("xattr", c.setxattr(b"/work", b"user.x", b"1", 1, 0))
+say("io_uring", c.syscall(425, 1, 0))
+for family in 1, 2, 10, 16, 40, 17, 38:
+    print(family, c.socket(family, 2 if family < 16 else 3, 0) >= 0)
+"""
+
+
+def test_calls_that_no_limit_counts_are_refused():
+    with open_terminal(make_task(files={"calls.py": SYSCALLS.encode()})) as terminal:
+        assert terminal.run("python3 calls.py").text.split("\n") == [
+            *(f"{name} refused" for name in ("memfd", "shm", "msg", "keyctl", "xattr", "io_uring")),
+            *(f"{family} True" for family in (1, 2, 10, 16)),
+            *(f"{family} False" for family in (40, 17, 38)),
+            "",
+        ]
+
+
 def test_supervisor_is_out_of_sight(terminal):
     text = terminal.run("cat /proc/[0-9]*/cmdline | tr '\\0' ' '; ls -l /proc/[0-9]*/fd; ls -a /tmp").text
     assert "/opt/relay" in text and "verify" not in text and "order" not in text

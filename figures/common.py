@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -117,7 +118,7 @@ def main(
     """The command line of a figure script: redraw from data, make what is missing, or make one run."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="make the runs that are missing, on all cores")
-    parser.add_argument("--only", default="", help="with --run: only runs whose key holds this text")
+    parser.add_argument("--only", default="", help="with --run: only runs whose key matches this regex")
     parser.add_argument("--job", help="make this run, in this process")
     parser.add_argument("--quick", action="store_true", help="a few tiny runs, under runs/quick")
     args = parser.parse_args()
@@ -135,7 +136,7 @@ def main(
     if args.run:
         path = DATA / f"{experiment}.jsonl"
         done = {json.loads(line)["key"] for line in path.read_text().splitlines()} if path.exists() else set()
-        todo = [key for key in jobs if key not in done and args.only in key]
+        todo = [key for key in jobs if key not in done and re.search(args.only, key)]
         run_all([[f"figures/{experiment}.py", *["--quick"] * args.quick, "--job", key] for key in todo])
     draw(load(experiment, jobs))
 

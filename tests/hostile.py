@@ -1,14 +1,15 @@
 """Hostile commands: what each tries, and what must come of it. Every backend's tests run this table.
 
-A row is (what it tries, command, must). `must` is a regex that the output has to match, TIMEOUT (it runs into the
-time limit), or ANY: whatever is printed, it ends in time. In every case the episode's reward stays 0, the host
-keeps its files, processes and secrets, and nothing is left running. {port}: a port on which the host listens on
-loopback; {secret}: a file of the host that any user may read; the environment of the host holds HOST_SECRET.
+A row is (what it tries, command, must). `must` is a regex that the output has to match, TIMEOUT (it runs into
+the time limit), or ANY: whatever is printed, it ends in time. In every case the episode's reward stays 0, the
+host keeps its files, processes and secrets, and nothing is left running. {port}: a port on which the host
+listens on loopback; {secret}: a file of the host that any user may read; the host's environment holds
+HOST_SECRET.
 """
 
 TIMEOUT, ANY = "TIMEOUT", ""
 
-ROWS = [  # fmt: skip
+ROWS = [
     # ---- take all there is ----
     ("fork bomb", ":(){ :|:& };:", ANY),
     ("fork bomb, named and waiting", "bomb() { bomb | bomb & }; bomb; sleep 60", TIMEOUT),
@@ -18,8 +19,8 @@ ROWS = [  # fmt: skip
     ("all memory, by one read", "head -c 100G /dev/zero | tail; echo ended", ANY),
     ("all memory, by many processes",
      "for i in {1..40}; do (x=$(head -c 64M /dev/zero | tr '\\0' a); sleep 9) & done", ANY),
-    ("full work folder", "head -c 100G /dev/zero 2>/dev/null > big; echo $?", r"^[1-9]"),
-    ("full /tmp", "head -c 100G /dev/zero > /tmp/big 2>/dev/null; echo $?", r"^[1-9]"),
+    ("full work folder", "head -c 100G /dev/zero 2>/dev/null > big; echo $?", r"[1-9]\d*\s*$"),
+    ("full /tmp", "head -c 100G /dev/zero > /tmp/big 2>/dev/null; echo $?", r"[1-9]\d*\s*$"),
     ("sparse file", "truncate -s 1T big; stat -c %s big", r"^(?!1099511627776)"),
     ("100,000 files", "for ((i = 0; i < 100000; i++)); do : > f$i; done", ANY),
     ("deep folders", "for ((i = 0; i < 3000; i++)); do mkdir d && cd d || break; done; echo deep", ANY),

@@ -53,7 +53,8 @@ class Host:
 def survive(host, row):
     """Run one row. -> what went wrong, "" if nothing did."""
     _, command, must = row
-    command = command.replace("{port}", str(host.server.getsockname()[1])).replace("{secret}", str(host.secret))
+    port = str(host.server.getsockname()[1])
+    command = command.replace("{port}", port).replace("{secret}", str(host.secret))
     problems = []
     with open_terminal(TASK) as terminal:
         top = terminal._box.process.pid

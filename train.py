@@ -12,7 +12,9 @@ Not here, as in the paper: KL, reference model, critic, entropy bonus, a second 
 """
 
 import random
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -118,8 +120,8 @@ def update(model, optimizer, episodes: list[Episode], arm: str, step: int, confi
     return total | {"learning_share": (advantages != 0).float().mean().item()}
 
 
-def train_arm(arm: str, config: Config, world: World, folder: Path) -> None:
-    """Train one arm from the base, or from its newest checkpoint, to the last step."""
+def train_arm(arm: str, config: Config, world: World, folder: Path, stop: threading.Event) -> None:
+    """Train one arm from the base, or from its newest checkpoint, to the last step or until `stop` is set."""
 
     metrics = folder / "metrics.jsonl"
     found = checkpoint.latest(folder / arm)
@@ -165,34 +167,51 @@ def train_arm(arm: str, config: Config, world: World, folder: Path) -> None:
             report.write_transcripts(
                 folder / "transcripts" / f"{arm}-{step + 1:06d}.txt", tokenizer, episodes[:8]
             )
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+        stopping = stop.is_set() and step + 1 < config.steps
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stopping:
             checkpoint.save(folder / arm, step + 1, model, tokenizer, optimizer, config)
         bar.set_postfix_str(
             f"pass {last.get('pass_rate', 0):.2f}, reward {record['reward']:.2f}, "
             f"CE {record['observation_ce']:.2f}, {len(episodes) / (ended - started):.0f} rollouts/s"
         )
+        if stopping:
+            raise RunStopped(f"stopped after step {step + 1}, as you asked")
 
 
-def main(config: Config, folder: Path) -> None:
-    """Base policy, every arm, one picture. A folder that holds a part of the same run is continued."""
+def main(config: Config, folder: Path, stop: threading.Event | None = None) -> None:
+    """Base policy, every arm, one picture. A folder that holds a part of the same run is continued.
+
+    stop: set it to end after the step at work. Raises RunStopped, or ValueError for a wrong folder.
+    """
     world = load_world(config.tasks.removeprefix("world:"))
     config.claim(folder)
-    config = on_this_machine(config)
-    if config.model == "tiny" and not (folder / "base").exists():
-        make_base(config, world, folder / "base")
-    for arm in config.arms.split(","):
-        train_arm(arm, config, world, folder)
-    report.draw_curves(report.read(folder / "metrics.jsonl"), folder / "curves.png")
+    with checkpoint.only_writer(folder):
+        config = on_this_machine(config)
+        if config.model == "tiny" and not (folder / "base").exists():
+            make_base(config, world, folder / "base")
+        for arm in config.arms.split(","):
+            train_arm(arm, config, world, folder, stop or threading.Event())
+        report.draw_curves(report.read(folder / "metrics.jsonl"), folder / "curves.png")
     print(f"{folder}: curves.png, metrics.jsonl, transcripts/ and a checkpoint of each arm")
 
 
 def cli(argv: list[str] | None = None) -> None:
     config, folder = parse_args(argv)
+    stop = threading.Event()
+
+    def on_interrupt(*_) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nends after this step; Ctrl-C once more ends now", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
     try:
-        main(config, folder)
+        main(config, folder, stop)
     except (ValueError, OSError, RunStopped, KeyboardInterrupt) as error:
         hint = f"\nWhat is saved stays: python train.py --resume {folder}"
         sys.exit(f"train.py: {str(error) or 'interrupted'}{hint if (folder / 'base').exists() else ''}")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

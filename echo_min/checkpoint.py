@@ -3,14 +3,33 @@
 All randomness is keyed by (seed, step, ...), so weights, optimizer and step are the whole state of a run.
 """
 
+import fcntl
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from echo_min.config import Config
+
+
+@contextmanager
+def only_writer(folder: Path):
+    """Nobody else may write to this run folder meanwhile; what a killed writer left half done is removed.
+
+    Raises ValueError if another process is at work in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is writing to this run") from None
+        for half in folder.rglob("*.tmp"):
+            shutil.rmtree(half) if half.is_dir() else half.unlink()
+        yield
 
 
 def publish(model, tokenizer, folder: Path, config: Config, **extra) -> None:

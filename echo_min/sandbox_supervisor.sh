@@ -8,7 +8,9 @@ while IFS= read -r -d '' order; do
         length=${order#open } files=
         ((length == 0)) || read -r -N $length files
         (eval "$files"); echo $?
-        $inner 9</opt/filter <&$requests >&$status 2>&$output {requests}<&- {status}>&- {output}>&- & ;;
+        exec {filter}</opt/filter  # a number that is free, whatever numbers the pipes have
+        $inner --seccomp $filter $relay <&$requests >&$status 2>&$output {requests}<&- {status}>&- {output}>&- &
+        exec {filter}<&- ;;
     late) kill -URG -- -$! && echo sent || echo gone ;;
     verify\ *)
         read -r -N ${order#verify } verifier

@@ -465,6 +465,35 @@ def test_host_under_nohup():
     assert done.stdout == "1\n1.0\n", done.stderr
 
 
+PIPES = """
+import os, sys
+from echo_min.sandbox import open_terminal
+from echo_min.tasks import Task
+real, which, number, count = os.pipe, int(sys.argv[1]), int(sys.argv[2]), 0
+os.dup2(os.open("/dev/null", os.O_RDONLY), number)  # so that nothing else gets it
+def pipe():
+    global count
+    count += 1
+    ends = list(real())
+    if count - 1 == which // 2:
+        os.dup2(ends[which % 2], number, inheritable=False)
+        os.close(ends[which % 2])
+        ends[which % 2] = number
+    return ends
+os.pipe = pipe
+with open_terminal(Task("t", "", "true", "")) as terminal:
+    print(terminal.run("echo hi").text, terminal.verify())
+"""
+
+
+@pytest.mark.parametrize("number", [9, 10, 11])
+def test_any_numbers_of_its_pipes_will_do(number):
+    for which in range(10):
+        command = [sys.executable, "-c", PIPES, str(which), str(number)]
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+        assert done.stdout == "hi\n 1.0\n", (which, done.stderr)
+
+
 def test_many_at_once():
     start = time.monotonic()
     with ThreadPoolExecutor(64) as pool:

@@ -1,0 +1,127 @@
+"""Runs that are killed: kill -9 at chosen moments, Ctrl-C once and twice, two runs in one folder."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from echo_min import checkpoint
+from tests.test_sandbox import wait_for_count
+from tests.test_train import SMALL, metrics, weights
+
+ROOT = Path(__file__).parent.parent
+RUN = replace(SMALL, steps=6)
+SITES = {  # where the process kills itself: (module, class or "", function)
+    "sampling": ("echo_min.sampler", "Sampler", "_forward"),
+    "shell": ("echo_min.sandbox", "Sandbox", "run"),
+    "verifier": ("echo_min.sandbox", "Sandbox", "verify"),
+    "clearing a sandbox": ("echo_min.bubblewrap", "Box", "keep"),
+    "update": ("torch", "Tensor", "backward"),
+    "optimizer": ("torch.optim", "AdamW", "step"),
+    "writing a checkpoint": ("os", "", "fsync"),
+    "publishing a checkpoint": ("os", "", "replace"),
+    "metrics": ("echo_min.report", "", "log"),
+    "episode": ("echo_min.rollout", "Seat", "close"),
+}
+CHILD = """
+import importlib, json, os, signal, sys
+from pathlib import Path
+import train
+from echo_min.config import Config
+folder, (module, owner, name), count = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+owner = getattr(importlib.import_module(module), owner) if owner else importlib.import_module(module)
+real, calls = getattr(owner, name), 0
+def deadly(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+setattr(owner, name, deadly)
+train.main(Config.load(folder / "config.json"), folder)
+"""
+
+
+def start(folder, site, count, marker):
+    command = [sys.executable, "-c", CHILD, str(folder), json.dumps(SITES[site]), str(count)]
+    environment = os.environ | {"MARKER": marker, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def mounts():
+    """Without those of a container engine, which may be at work beside."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return {line for line in lines if "docker" not in line and "nsfs" not in line}
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_equals_never(tmp_path):
+    train.main(RUN, tmp_path / "never")
+    folder, rng = tmp_path / "killed", random.Random(0)
+    folder.mkdir()
+    RUN.save(folder / "config.json")
+    before, killed = mounts(), 0
+    for i in range(2 * len(SITES)):
+        site, marker = list(SITES)[i % len(SITES)], f"killed-{os.getpid()}-{i}"
+        frequent = SITES[site][1] in ("Sampler", "Sandbox", "Box", "Seat")
+        done = start(folder, site, rng.randrange(1, 60 if frequent else 4), marker)
+        killed += done.returncode == -signal.SIGKILL
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        assert wait_for_count(marker, 0) == 0, site
+        assert mounts() <= before
+    assert killed >= 15
+    train.main(RUN, folder)
+    assert not list(folder.rglob("*.tmp"))
+    assert [p.name for p in (folder / "echo").iterdir()] == ["step-000006"]
+    assert metrics(folder) == metrics(tmp_path / "never")
+    for mine, other in zip(weights(folder).values(), weights(tmp_path / "never").values(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def wait_for_step(folder, step, seconds=90):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = checkpoint.latest(folder / "echo") if (folder / "echo").exists() else None
+        if found and found[0] >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError("no checkpoint in time")
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c(tmp_path, presses):
+    config = replace(SMALL, steps=400, save_every=1000 if presses == 1 else 1)
+    config.save(tmp_path / "config.json")
+    environment = os.environ | {"MARKER": f"ctrl-{os.getpid()}-{presses}"}
+    command = [sys.executable, "train.py", "--resume", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path, 0)
+    time.sleep(1.0)
+    for _ in range(presses):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == 1 and "ends after this step" in said and "--resume" in said
+    assert "Traceback" not in said
+    steps = checkpoint.latest(tmp_path / "echo")[0]
+    if presses == 1:  # saved although no checkpoint was due
+        assert f"stopped after step {steps}, as you asked" in said and steps > 0
+    assert wait_for_count(environment["MARKER"], 0) == 0
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    with checkpoint.only_writer(tmp_path), pytest.raises(ValueError, match="another process is writing"):
+        train.main(SMALL, tmp_path)
+    (tmp_path / "base.tmp").mkdir()
+    (tmp_path / "config.json.tmp").write_text("{")
+    with checkpoint.only_writer(tmp_path):
+        assert not list(tmp_path.glob("*.tmp"))

@@ -88,7 +88,7 @@ def update(model, optimizer, episodes: list[Episode], arm: str, step: int, confi
     whole = (*per_token, advantages[:, None].expand_as(ids))
     keys = "policy_loss", "env_loss", "observation_ce", "mismatch", "ratio", "trivial_failures"
     total = dict.fromkeys(keys, 0.0)
-    n_actions, n_observations = int(actions.sum()), max(int(observations.sum()), 1)
+    n_actions, n_observations = (max(int(mask.sum()), 1) for mask in (actions, observations))
     for rows in micro_batches([len(e.transcript) for e in episodes], config.micro_batch_tokens):
         T = max(len(episodes[row].transcript) for row in rows)
         # ids, targets, both masks, both weights, old logprobs, advantages: each [rows, T]

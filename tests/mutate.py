@@ -31,6 +31,10 @@ MUTATIONS = {
             "w_a[a] * len(ids) / len(rows), config",
             "objective",
         ),
+        ("no verifier", "config.policy_weight * policy_loss", "policy_loss", "objective"),
+        ("parsed rollouts only", "if config.parsed_only:", "if False:", "objective"),
+        ("the telling words", "& torch.isin(ids, torch.tensor(words))", "", "objective"),
+        ("Ctrl-C saves", " or stopping:", ":", "kill"),
         ("lines kept on resume", 'r["step"] <= first', 'r["step"] < first', "train"),
     ],
     "echo_min/grpo.py": [
@@ -40,6 +44,7 @@ MUTATIONS = {
         ("the pessimistic minimum", "torch.minimum", "torch.maximum", "objective"),
     ],
     "echo_min/echo.py": [
+        ("exchanged outputs", "n = min(len(own), len(outputs[other]))", "n = len(own)", "objective"),
         ("the placebo", "targets[selected] = pool[", "targets[selected] = pool  # [", "objective")
     ],
     "echo_min/masking.py": [
@@ -88,12 +93,42 @@ MUTATIONS = {
     "echo_min/harness.py": [("an empty reply", '"" if command else', '"" if True else', "rollout")],
     "echo_min/checkpoint.py": [
         ("the optimizer on resume", "        optimizer.load_state_dict(", "        print(", "train"),
+        ("one writer", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "kill"),
+        ("what a kill left", 'folder.rglob("*.tmp")', 'folder.rglob("*.none")', "kill"),
         ("whole or absent", 'folder.with_name(folder.name + ".tmp")', "folder", "train"),
     ],
-    "echo_min/worlds.py": [
-        ("the verifier's line", '$line == "{verb} {flag}"', "$line", "worlds"),
+    "echo_min/tool_world.py": [
+        ("the verifier's line", '$line == "{verb} {words}"', "$line", "worlds"),
         ("the distractor", "&& ! -s {other} ]]", "]]", "worlds"),
-        ("held-out tasks", "train=tasks[200:]", "train=tasks[100:]", "worlds"),
+        ("held-out tasks", "for pair in pairs[200:]", "for pair in pairs[100:]", "worlds"),
+        ("what the terminal tells", "shown=$right", "shown=", "worlds"),
+    ],
+    "echo_min/sandbox.py": [
+        ("the verdict", 'return 1.0 if reply == b"0" else 0.0', "return 1.0", "sandbox"),
+        ("no verdict", 'if reply not in (b"0", b"1"):', "if False:", "sandbox"),
+        ("output that was cut", "self._printed > len(self._text) or ", "", "sandbox"),
+        ("a command with a NUL", 'data.count(b"\\0") > 1 or ', "", "sandbox"),
+        ("a file outside of the work folder", 'or ".." in name.split("/")', "", "sandbox"),
+    ],
+    "echo_min/bubblewrap.py": [
+        ("a box that is not clean", '== b"1 0"', "is not None", "sandbox"),
+        ("a box of another kind", "if box.kind == (limits, tools):", "if True:", "sandbox"),
+        ("the filter", "0x00050000 | errno.ENOSYS", "0x7FFF0000", "sandbox"),
+        ("a read-only system", '"--remount-ro", "/", ', "", "sandbox"),
+        ("no network", "--unshare-all", "--unshare-user --unshare-pid --unshare-uts", "sandbox"),
+        ("its own pid namespace", "--disable-userns --unshare-pid", "--disable-userns", "sandbox"),
+    ],
+    "echo_min/sandbox_supervisor.sh": [
+        ("processes left behind", "kill -KILL -- -1", ":", "sandbox"),
+        ("files left behind", 'rm -rf -- "${list[@]}"', ":", "sandbox"),
+        ("the folder's mode", "chmod 755 /work", ":", "sandbox"),
+        ("the filter's descriptor", "exec {filter}</opt/filter", "filter=9; exec 9</opt/filter", "sandbox"),
+    ],
+    "echo_min/sandbox_relay.sh": [
+        ("late processes", "if [[ $late ]]; then reap; fi", "", "sandbox"),
+        ("the limit on processes", "-u $processes ", "", "sandbox"),
+        ("the limit on memory", "-v $memory ", "", "sandbox"),
+        ("the limit on files", "-f $file ", "", "sandbox"),
     ],
 }
 

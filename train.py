@@ -28,7 +28,7 @@ from echo_min.policy import load_policy, on_this_machine, segment_logprobs
 from echo_min.rollout import Episode, batch_metrics, sample_episodes
 from echo_min.sft import make_base
 from echo_min.tasks import Task, World
-from echo_min.worlds import load_world
+from echo_min.worlds import load_tasks
 from eval import evaluate, expert_transcripts
 
 TRIVIAL = 0.1  # nats per token: output that the policy knew beforehand
@@ -175,7 +175,7 @@ def train_arm(arm: str, config: Config, world: World, folder: Path) -> None:
 
 def main(config: Config, folder: Path) -> None:
     """Base policy, every arm, one picture. A folder that holds a part of the same run is continued."""
-    world = load_world(config.tasks.removeprefix("world:"))
+    world = load_tasks(config.tasks, config.allow_network)
     config.claim(folder)
     config = on_this_machine(config)
     if config.model == "tiny" and not (folder / "base").exists():

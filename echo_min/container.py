@@ -241,7 +241,7 @@ class Container:
         """A short text file in the container; None if there is none."""
         with self._guard(f"cannot read {path}"):
             try:
-                chunks, stat = self._engine.getarchive(self._id, path)
+                chunks, stat = self._engine.get_archive(self._id, path)
             except docker.errors.NotFound:
                 self._engine.inspect_container(self._id)  # or is it the container that is gone?
                 return None

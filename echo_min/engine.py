@@ -101,7 +101,7 @@ def image_of(client: docker.APIClient, task: Task) -> str:
             with _few_at_a_time:
                 _known[name] = _make(client, task, name)
     if failure := _known[name]:
-        raise TerminalDied(f"task {task.name}: no image {name}: {failure}")
+        raise TerminalDied(f"task {task.name}: no image {name}: {' '.join(failure.split())}")
     return name
 
 
@@ -135,7 +135,7 @@ def _make(client: docker.APIClient, task: Task, name: str) -> str:
             if time.monotonic() - started > seconds:  # leaving the loop ends the build
                 return f"not done after {seconds:g} s: {said}"
     except ERRORS as error:
-        raise TerminalDied(f"task {task.name}: no image {name}: {error}") from error
+        return f"{type(error).__name__}: {error}"
     print(f"{what}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     return ""
 

@@ -79,7 +79,7 @@ def graded(episodes: list[Episode]) -> list[float]:
 
 
 def scripted(agent: str, task: Task, backend: str) -> tuple[Episode, str]:
-    """The task's own solution (oracle) or nothing (noop) in place of a policy. -> episode, what was printed."""
+    """The task's own solution (oracle) or nothing (noop) instead of a policy. -> episode, what it printed."""
     episode, said, started = Episode(task, 0, stop=StopReason.DONE), "", time.monotonic()
     try:
         with open_terminal(task, backend) as terminal:
@@ -100,7 +100,7 @@ def scripted(agent: str, task: Task, backend: str) -> tuple[Episode, str]:
 def cli(argv: list[str] | None = None) -> None:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    parser.add_argument("checkpoint", type=Path, nargs="?", help="of a policy; or an arm's folder: its newest")
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="or an arm's folder: its newest")
     parser.add_argument("--agent", choices=["policy", "oracle", "noop"], default="policy", help="[policy]")
     parser.add_argument("--tasks", default="world:tool", help="world:NAME (held out), or a folder of tasks")
     parser.add_argument("--backend", choices=["sandbox", "docker"], default="sandbox", help="[sandbox]")
@@ -168,7 +168,8 @@ def run(args: argparse.Namespace) -> None:
     wanted = [((i, member), (3, args.seed)) for member in range(args.k) for i in range(len(tasks))]
     if args.agent == "policy" and world:
         wanted += [((i, 0), None) for i in range(len(tasks))]
-    settings = {name: str(getattr(args, name)) for name in "agent checkpoint tasks allow_network seed".split()}
+    named = "agent", "checkpoint", "tasks", "allow_network", "seed"
+    settings = {name: str(getattr(args, name)) for name in named}
     trials = kept_trials(args.out, settings | {name: getattr(config, name) for name in given})
     have = {(record["task"], record["member"]) for record in trials}
     wanted = [
@@ -227,7 +228,7 @@ def summarise(trials: list[dict], k: int) -> None:
     if failed := [t for t in trials if t["reward"] is None]:
         print(f"infra errors     {len(failed)} of {len(trials)} trials, in no rate: {failed[0]['error']}")
     if not valid:
-        raise RunStopped("no trial could be graded")
+        raise RunStopped("no trial could be graded; the reason stands above")
     by_task: dict[str, list[float]] = {}
     for t in valid:
         if t["member"] != "greedy":

@@ -34,11 +34,13 @@ CLEAR = """PATH=/usr/bin:/bin:/usr/sbin:/sbin; set -- /tests /logs/verifier
 [[ -e $1 || -L $1 || -e $2 || -L $2 ]] || exit 0
 exec rm -rf -- "$@" """
 # Ahead of the relay. Its clock: a read from a pipe that nobody writes to, then a signal of its own.
-PRELUDE = """exec 2>&1; export LC_ALL=C; trap exit RTMIN+9
+PRELUDE = """exec 2>&1; export LC_ALL=C; TMOUT={life}; trap exit RTMIN+9
 exec {{never}}<> <(:)
 {{ read -r -t {life} -N 1 -u $never; kill -RTMIN+9 $$; }} </dev/null &>/dev/null & exec {{never}}>&-
 mark={mark} processes={processes} limits='-c 0'
 """
+USERS = {"passwd": b"root:x:0:0::/root:/bin/bash\nagent:x:1000:1000::/work:/bin/bash\n",
+         "group": b"root:x:0:\nagent:x:1000:\n"}  # fmt: skip
 _few_at_a_time = threading.BoundedSemaphore(8)  # to start; as many may run as there are threads
 
 
@@ -96,6 +98,7 @@ class Container:
         if not task.environment:
             files = [(f"work/{name}", content, 1000, 0o644) for name, content in task.files.items()]
             files += [(f"opt/tools/{name}", content, 0, 0o555) for name, content in task.tools.items()]
+            files += [(f"etc/{name}", content, 0, 0o444) for name, content in USERS.items()]
             self._engine.put_archive(self._id, "/", engine.archive([("work", None, 1000, 0o755), *files]))
 
     def run(self, command: str, timeout: float | None = None) -> Output:
@@ -136,19 +139,18 @@ class Container:
     def verify(self) -> float:
         """The reward, as the task's verifier says. Raises TerminalDied when it says none."""
         task, seconds = self.task, self.task.limits.verifier_seconds
-        script = ["bash", "--norc", "--noprofile", "-c", task.verify]
         if not task.environment:
-            code, said = self._exec(script, seconds, user="root")
+            code, said = self._exec(task.verify, seconds, user="root")
             if code not in (0, 1):
                 self._no_verdict(f"exited with {code}, not 0 or 1: {said}")
             return 1.0 - code
-        code, said = self._exec(["bash", "--norc", "--noprofile", "-c", CLEAR], START_SECONDS, user="root")
+        code, said = self._exec(CLEAR, START_SECONDS, user="root")
         if code != 0:
             self._die(f"cannot clear /tests and /logs/verifier for the verifier of {task.name}: {said}")
         with self._guard("cannot copy the verifier's files in"):
             self._engine.put_archive(self._id, "/", engine.archive([("logs/verifier", None, 0, 0o777)]))
         self.copy_in(task.environment.folder / "tests", "/tests")
-        code, said = self._exec(script, seconds, environment=task.environment.verifier_env)
+        code, said = self._exec(task.verify, seconds, environment=task.environment.verifier_env)
         for name, parse in (("reward.json", _json_reward), ("reward.txt", float)):
             if (text := self._read(f"/logs/verifier/{name}")) is None:
                 continue
@@ -218,10 +220,11 @@ class Container:
         if listed and listed[0].get("SizeRw", 0) > self.task.limits.work_mb * 2**20:
             raise OSError(f"it holds more than {self.task.limits.work_mb} MiB")
 
-    def _exec(self, command: list[str], seconds: float, **options) -> tuple[int, str]:
-        """Run a trusted command. -> exit code, the end of what it printed. Raises TerminalDied when late."""
+    def _exec(self, script: str, seconds: float, **options) -> tuple[int, str]:
+        """Run a script of ours. -> exit code, the end of what it printed. Raises TerminalDied when late."""
         said, deadline = b"", time.monotonic() + seconds
-        with self._guard(f"{command[-1]!r:.40} did not end within {seconds:g} s, or its container failed"):
+        command = ["bash", "--norc", "--noprofile", "-c", script]
+        with self._guard(f"the verifier of {self.task.name}, limited to {seconds:g} s, failed"):
             made = self._engine.exec_create(self._id, command, **options)
             stream = Stream(self._engine.exec_start(made, socket=True))
             try:
@@ -233,7 +236,7 @@ class Container:
                 stream.close()
             while (code := self._engine.exec_inspect(made)["ExitCode"]) is None:
                 if time.monotonic() > deadline:
-                    raise TimeoutError("it still runs")
+                    raise TimeoutError("it did not end in time")
                 time.sleep(0.01)
         return code, said.decode(errors="replace").strip()[-500:]
 
@@ -248,8 +251,10 @@ class Container:
             if stat["size"] > PIPE_BYTES:
                 return "(too long)"
             with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as tar:
-                file = tar.extractfile(tar.next())
-                return file.read().decode(errors="replace") if file else "(not a file)"
+                entry = tar.next()
+                if not entry.isreg():
+                    return "(not a file)"
+                return tar.extractfile(entry).read().decode(errors="replace")
 
 
 def _json_reward(text: str) -> float:

@@ -131,11 +131,11 @@ def _make(client: docker.APIClient, task: Task, name: str) -> str:
         for line in lines:
             said = (said + line.get("stream", ""))[-500:]
             if "error" in line:
-                return f"{line['error']} {said}"
+                return f"{line['error']}: {said}"
             if time.monotonic() - started > seconds:  # leaving the loop ends the build
                 return f"not done after {seconds:g} s: {said}"
-    except ERRORS as error:
-        return f"{type(error).__name__}: {error}"
+    except ERRORS as error:  # not remembered: the engine may be back
+        raise TerminalDied(f"task {task.name}: no image {name}: {error}") from error
     print(f"{what}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     return ""
 
@@ -184,7 +184,7 @@ class Stream:
 
 def archive(entries: list[tuple[str, bytes | None, int, int]]) -> bytes:
     """A tar of (path, content or None for a folder, owner, permissions); its folders belong to the owner."""
-    buffer, seen = io.BytesIO(), {"opt", "logs"}
+    buffer, seen = io.BytesIO(), {"opt", "logs", "etc"}
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for path, content, owner, mode in entries:
             parents = [(str(p), None, owner, 0o755) for p in reversed(Path(path).parents[:-1])]

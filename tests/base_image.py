@@ -12,10 +12,13 @@ from pathlib import Path
 import docker
 
 NAME = "echo_min_base:latest"
-PACKAGES = """base-files base-passwd bash coreutils dash diffutils findutils grep hostname sed tar gzip mawk procps
-util-linux mount make git python3-minimal libpython3-stdlib""".split()
+PACKAGES = """
+base-files base-passwd bash coreutils dash diffutils findutils git grep gzip hostname libpython3-stdlib make
+mawk mount procps python3-minimal sed tar util-linux
+""".split()
 LEFT_OUT = "perl", "git-man", "debconf", "media-types"  # large, and nothing needs them
-LINKS = {folder: f"usr/{folder}" for folder in ("bin", "sbin", "lib", "lib64")} | {"usr/bin/awk": "mawk", "usr/bin/sh": "dash"}
+LINKS = {folder: f"usr/{folder}" for folder in ("bin", "sbin", "lib", "lib64")}
+LINKS |= {"usr/bin/awk": "mawk", "usr/bin/sh": "dash"}
 FOLDERS = "proc sys dev run tmp root home etc var/tmp usr/local/bin".split()
 
 

@@ -40,6 +40,10 @@ gpu: .venv/bench
 	$(PY) -m kernels.bench
 	$(PY) -m kernels.price --batch 16 --tokens 2048
 
+.PHONY: bench-docker
+bench-docker: .venv/ready
+	$(PY) figures/docker_speed.py
+
 .PHONY: figures reproduce
 figures: .venv/ready
 	$(PY) figures/learning_curves.py

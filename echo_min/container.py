@@ -131,10 +131,13 @@ class Container:
         late = reply == "late"
         return Output(text[: self.output_chars], 124 if late else int(reply), late, truncated)
 
-    def copy_in(self, folder: Path, target: str) -> None:
-        """Copy a folder's content into the container's folder `target`, an absolute path; root owns it."""
+    def copy_in(self, folder: Path, target: str, *empty: str) -> None:
+        """Copy a folder's content into the container's folder `target`; root owns it. empty: more folders.
+
+        All are absolute paths. Raises TerminalDied.
+        """
         with self._guard(f"cannot copy {folder} into its container"):
-            self._engine.put_archive(self._id, "/", engine.archive_of(folder, target))
+            self._engine.put_archive(self._id, "/", engine.archive_of(folder, target, *empty))
 
     def verify(self) -> float:
         """The reward, as the task's verifier says. Raises TerminalDied when it says none."""
@@ -147,9 +150,7 @@ class Container:
         code, said = self._exec(CLEAR, START_SECONDS, user="root")
         if code != 0:
             self._die(f"cannot clear /tests and /logs/verifier for the verifier of {task.name}: {said}")
-        with self._guard("cannot copy the verifier's files in"):
-            self._engine.put_archive(self._id, "/", engine.archive([("logs/verifier", None, 0, 0o777)]))
-        self.copy_in(task.environment.folder / "tests", "/tests")
+        self.copy_in(task.environment.folder / "tests", "/tests", "/logs/verifier")
         code, said = self._exec(task.verify, seconds, environment=task.environment.verifier_env)
         for name, parse in (("reward.json", _json_reward), ("reward.txt", float)):
             if (text := self._read(f"/logs/verifier/{name}")) is None:
@@ -246,7 +247,6 @@ class Container:
             try:
                 chunks, stat = self._engine.get_archive(self._id, path)
             except docker.errors.NotFound:
-                self._engine.inspect_container(self._id)  # or is it the container that is gone?
                 return None
             if stat["size"] > PIPE_BYTES:
                 return "(too long)"

@@ -184,7 +184,7 @@ class Stream:
 
 def archive(entries: list[tuple[str, bytes | None, int, int]]) -> bytes:
     """A tar of (path, content or None for a folder, owner, permissions); its folders belong to the owner."""
-    buffer, seen = io.BytesIO(), {"opt", "logs", "etc"}
+    buffer, seen = io.BytesIO(), {"opt", "etc"}
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for path, content, owner, mode in entries:
             parents = [(str(p), None, owner, 0o755) for p in reversed(Path(path).parents[:-1])]
@@ -200,8 +200,8 @@ def archive(entries: list[tuple[str, bytes | None, int, int]]) -> bytes:
     return buffer.getvalue()
 
 
-def archive_of(folder: Path, target: str) -> bytes:
-    """A tar of what is in the folder, as content of `target`; root owns it."""
+def archive_of(folder: Path, target: str, *empty: str) -> bytes:
+    """A tar of what is in the folder, as content of `target`, which root owns; and of empty folders for all."""
 
     def owned_by_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         entry.uid = entry.gid = 0
@@ -211,4 +211,8 @@ def archive_of(folder: Path, target: str) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         tar.add(folder, target.strip("/"), filter=owned_by_root)
+        for path in empty:
+            entry = tarfile.TarInfo(path.strip("/"))
+            entry.type, entry.mode = tarfile.DIRTYPE, 0o777
+            tar.addfile(entry)
     return buffer.getvalue()

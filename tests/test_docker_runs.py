@@ -15,9 +15,9 @@ from echo_min.config import Config, RunStopped
 from echo_min.rollout import StopReason
 
 SMALL = Config(
-    name="docker", arms="echo", device="cpu", base_demonstrations=4, base_steps=60, base_batch=4, steps=2, tasks_per_step=2,
-    group_size=2, eval_every=2, eval_tasks=1, max_turns=2, backend="docker", tasks=str(EXAMPLES),
-    context=1200, output_chars=200, terminals=4,
+    name="docker", arms="echo", device="cpu", base_demonstrations=4, base_steps=60, base_batch=4, steps=2,
+    tasks_per_step=2, group_size=2, eval_every=2, eval_tasks=1, max_turns=2, backend="docker",
+    tasks=str(EXAMPLES), context=1200, output_chars=200, terminals=4,
 )  # fmt: skip
 
 

@@ -135,7 +135,7 @@ def test_what_is_refused_names_file_and_key(tmp_path, name):
 
 
 def test_sets_that_are_none(tmp_path):
-    with pytest.raises(ValueError, match="no task.toml"):
+    with pytest.raises(ValueError, match=r"no task\.toml"):
         harbor_tasks(tmp_path)
     for folder in "x/a", "y/a":
         write(tmp_path / folder, TB2)
@@ -145,8 +145,8 @@ def test_sets_that_are_none(tmp_path):
 
 def test_fuzzed_task_files_are_accepted_or_refused_clearly(tmp_path):
     rng = random.Random(0)
-    values = """-1 0 1 1e300 -inf nan true false "" "2G" "2GB" "1.5T" "-3M" "\\u0000" "public" [] [1] {} {a="b"}
-        {a=1} 1979-05-27 0x10 "nul\\u0007" 10000000000000000000000 "G" "99999999999G" """.split()
+    values = """-1 0 1 1e300 -inf nan true false "" "2G" "2GB" "1.5T" "-3M" "\\u0000" "public" [] [1] {}
+        {a="b"} {a=1} 1979-05-27 0x10 "nul\\u0007" 10000000000000000000000 "G" "99999999999G" """.split()
     keys = """version schema_version timeout_sec build_timeout_sec docker_image cpus memory memory_mb storage
         storage_mb gpus allow_internet network_mode workdir env steps other""".split()
     folder, outcomes = write(tmp_path, ""), {True: 0, False: 0}

@@ -201,7 +201,7 @@ def archive(entries: list[tuple[str, bytes | None, int, int]]) -> bytes:
 
 
 def archive_of(folder: Path, target: str, *empty: str) -> bytes:
-    """A tar of what is in the folder, as content of `target`, which root owns; and of empty folders for all."""
+    """A tar of what is in the folder, as content of `target`, owned by root; and of empty folders for all."""
 
     def owned_by_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         entry.uid = entry.gid = 0

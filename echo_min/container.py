@@ -33,10 +33,12 @@ DISK_SECONDS = 2.0  # between looks at how much a command has written
 CLEAR = """PATH=/usr/bin:/bin:/usr/sbin:/sbin; set -- /tests /logs/verifier
 [[ -e $1 || -L $1 || -e $2 || -L $2 ]] || exit 0
 exec rm -rf -- "$@" """
-# Ahead of the relay. Its clock: a read from a pipe that nobody writes to, then a signal of its own.
-PRELUDE = """exec 2>&1; export LC_ALL=C; TMOUT={life}; trap exit RTMIN+9
+# Ahead of the relay. Its clock: a read from a pipe that nobody writes to, then a signal of its own, which ends
+# a `wait` but not a `read`: that gets an empty command. (A time limit on it would make bash mortal to SIGTERM.)
+PRELUDE = """exec 2>&1; export LC_ALL=C; trap exit RTMIN+9
 exec {{never}}<> <(:)
-{{ read -r -t {life} -N 1 -u $never; kill -RTMIN+9 $$; }} </dev/null &>/dev/null & exec {{never}}>&-
+{{ read -r -t {life} -N 1 -u $never; kill -RTMIN+9 $$; printf '\\0' >/proc/$$/fd/0; }} </dev/null &>/dev/null &
+exec {{never}}>&-
 mark={mark} processes={processes} limits='-c 0'
 """
 USERS = {"passwd": b"root:x:0:0::/root:/bin/bash\nagent:x:1000:1000::/work:/bin/bash\n",
@@ -55,9 +57,8 @@ class Container:
         self._answer = re.compile(self._mark.encode() + rb"(ready|late|\d{1,3})\n")
         self._unread, self._text, self._printed = b"", bytearray(), 0  # of the command at work
         image = engine.image_of(self._engine, task)
-        prelude = PRELUDE.format(
-            life=engine.LIFE_SECONDS, mark=self._mark, processes=task.limits.processes
-        )
+        life, processes = engine.LIFE_SECONDS, task.limits.processes
+        prelude = PRELUDE.format(life=life, mark=self._mark, processes=processes)
         with _few_at_a_time, self._guard("cannot start its container"):
             self._create(image)
             attached = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
@@ -124,8 +125,8 @@ class Container:
                 # Repeated: bash may have been just before `wait`. It returns when the signal is delivered.
                 self._engine.kill(self._id, "SIGURG")
                 reply = self._reply(time.monotonic() + 0.2)
-            if reply is None:
-                raise TimeoutError("it does not answer")
+            if reply in (None, "ready"):  # an agent that is root can forge answers
+                raise TimeoutError("its relay does not answer")
         text = self._text.decode(errors="replace")
         truncated = self._printed > len(self._text) or len(text) > self.output_chars
         late = reply == "late"
@@ -158,7 +159,7 @@ class Container:
             try:
                 if math.isfinite(reward := parse(text)):
                     return reward
-            except (ValueError, RecursionError):
+            except (ValueError, OverflowError, RecursionError):
                 pass
             self._no_verdict(f"left a malformed {name}, {text!r:.80}; it exited with {code}: {said}")
         self._no_verdict(f"left no reward in /logs/verifier; it exited with {code}: {said}")
@@ -252,7 +253,7 @@ class Container:
                 return "(too long)"
             with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as tar:
                 entry = tar.next()
-                if not entry.isreg():
+                if not (entry and entry.isreg()):
                     return "(not a file)"
                 return tar.extractfile(entry).read().decode(errors="replace")
 

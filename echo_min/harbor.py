@@ -61,6 +61,8 @@ def harbor_task(folder: Path, allow_network: bool = False) -> Task:
         raise ValueError(f"{folder / 'instruction.md'}: {error}") from None
     if env.number("gpus", 0.0, at_least=0):
         raise ValueError(f"{path}: [environment] gpus: containers get no GPU here")
+    if verifier.values.get("environment_mode") == "separate":
+        raise ValueError(f"{path}: [verifier] environment_mode: only a verifier in the agent's own container")
     agent_seconds = agent.number("timeout_sec", math.inf)
     return Task(
         name=folder.resolve().name,

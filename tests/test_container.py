@@ -206,6 +206,7 @@ REWARDS = {
     "nan": ("echo nan > $F.txt", "malformed"),
     "malformed json beside a number": ("echo '{' > $F.json; echo 1 > $F.txt", "malformed reward.json"),
     "json without a reward": ("""echo '{"a": 1, "b": 1}' > $F.json""", "malformed"),
+    "json of a huge number": ("""echo '{"reward": 1'$(printf %0400d)'}' > $F.json""", "malformed"),
     "json of a text": ("""echo '{"reward": "1"}' > $F.json""", "malformed"),
     "a folder": ("mkdir $F.txt", "malformed"),
     "a link": ("echo 1 > /tmp/x; ln -s /tmp/x $F.txt", "malformed"),
@@ -257,6 +258,29 @@ def test_sample_tasks(agent, reward):
     with ThreadPoolExecutor(4) as pool:
         ended = list(pool.map(lambda task: scripted(agent, task, "docker"), tasks))
     assert [(e.task.name, e.reward) for e, _ in ended] == [(t.name, reward) for t in tasks], ended
+
+
+CHEATS = {
+    "broken-build": "mkdir build; wc -w chapters/* > build/index.txt",
+    "broken-pipeline": "echo 'printf \"9 wind\\n5 the\\n2 and\\n\"' > top.sh",
+    "failing-test": "echo > test_intervals.py",
+    "parse-log": "awk '{print $1, $10}' access.log > answer.txt",
+    "permissions": "chmod -R 750 site",
+    "python-traceback": "echo 'print(\"Adams 2.00\\nWeber 12.75\\nskipped 5\")' > totals.py",
+    "recover-from-git": "echo > notes.txt",
+    "start-service": "cp -r public www; sed -i 's/no/yes/' server.conf; python3 server.py & sleep 0.5",
+}
+
+
+def test_sample_tasks_are_not_passed_by_cheating():
+    def cheat(task):
+        with open_terminal(task, "docker") as terminal:  # noqa: F811
+            terminal.run(f"{CHEATS[task.name]}; mkdir -p /logs/verifier /tests; echo exit > /tests/test.sh")
+            terminal.run("echo 1 | tee /logs/verifier/reward.{txt,json}")
+            return terminal.verify()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(cheat, harbor_tasks(EXAMPLES))) == [0.0] * len(CHEATS)
 
 
 def test_an_image_is_made_once(tmp_path, capfd):
@@ -406,5 +430,6 @@ def test_many_at_once():
         assert [(o.text, o.exit_code) for o in outputs] == [(f"{i}\n", i) for i in range(16)]
         list(pool.map(lambda one: one.run("touch done"), opened[::2]))
         assert list(pool.map(lambda one: one.verify(), opened)) == [1.0, 0.0] * 8
+        ids = {one._id for one in opened}
         list(pool.map(lambda one: one.close(), opened))
-    assert not [c for c in containers() if c["Labels"][engine.LABEL] == engine.this_run()]
+    assert not ids & {c["Id"] for c in containers()}

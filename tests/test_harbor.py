@@ -119,6 +119,7 @@ REFUSED = {
     "memory": ('[environment]\nmemory = "lots"', {}, r"\[environment\] memory: expected a size"),
     "network": ('[environment]\nnetwork_mode = "some"', {}, r'network_mode: expected "public"'),
     "env": ("[environment]\nenv = {a = 1}", {}, r"\[environment\] env: expected a table of names and texts"),
+    "verifier elsewhere": ('[verifier]\nenvironment_mode = "separate"', {}, "environment_mode: only"),
     "gpus": ("[environment]\ngpus = 1", {}, "gpus: containers get no GPU"),
     "instruction": ("", {"instruction.md": None}, "instruction.md: missing"),
     "instruction not utf-8": ("", {"instruction.md": b"\xff"}, "instruction.md: 'utf-8'"),

@@ -33,12 +33,12 @@ DISK_SECONDS = 2.0  # between looks at how much a command has written
 CLEAR = """PATH=/usr/bin:/bin:/usr/sbin:/sbin; set -- /tests /logs/verifier
 [[ -e $1 || -L $1 || -e $2 || -L $2 ]] || exit 0
 exec rm -rf -- "$@" """
-# Ahead of the relay. Its clock: a read from a pipe that nobody writes to, then a signal of its own, which ends
-# a `wait` but not a `read`: that gets an empty command. (A time limit on it would make bash mortal to SIGTERM.)
+# Ahead of the relay. Its clock: a read from a pipe that nobody writes to, then a signal of its own. That ends
+# a `wait` but not a `read`: it gets an empty command. (A time limit on `read` makes bash mortal to TERM.)
 PRELUDE = """exec 2>&1; export LC_ALL=C; trap exit RTMIN+9
 exec {{never}}<> <(:)
-{{ read -r -t {life} -N 1 -u $never; kill -RTMIN+9 $$; printf '\\0' >/proc/$$/fd/0; }} </dev/null &>/dev/null &
-exec {{never}}>&-
+{{ read -r -t {life} -N 1 -u $never; kill -RTMIN+9 $$; printf '\\0' >/proc/$$/fd/0
+}} </dev/null &>/dev/null & exec {{never}}>&-
 mark={mark} processes={processes} limits='-c 0'
 """
 USERS = {"passwd": b"root:x:0:0::/root:/bin/bash\nagent:x:1000:1000::/work:/bin/bash\n",

@@ -40,6 +40,10 @@ gpu: .venv/bench
 	$(PY) -m kernels.bench
 	$(PY) -m kernels.price --batch 16 --tokens 2048
 
+.PHONY: bench-docker
+bench-docker: .venv/ready
+	$(PY) figures/docker_speed.py
+
 # figures draws from the committed data; reproduce makes what is missing of it (hours), reproduce-quick tries every
 # kind of run at a toy size.
 FIGURES := learning_curves lambda_sweep verifier_free

@@ -1,22 +1,30 @@
 """How good is a policy? pass@1 and pass@k, stop reasons, observation CE, and transcripts shaded by surprise.
 
 python eval.py runs/tiny/echo --tasks world:tool -k 5 --show 3
+python eval.py runs/tiny/echo --tasks FOLDER --backend docker -k 5 --out runs/eval
+python eval.py --agent oracle --tasks FOLDER --backend docker
 """
 
 import argparse
+import json
 import random
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import isnan
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from echo_min import checkpoint, report
 from echo_min.config import Config, RunStopped
+from echo_min.harbor import harbor_tasks
 from echo_min.masking import Role, Transcript, observation_targets, pad
 from echo_min.policy import load_policy, on_this_machine, segment_logprobs
 from echo_min.rollout import Episode, StopReason, sample_episodes
+from echo_min.sandbox import TerminalDied, open_terminal
 from echo_min.sft import record
 from echo_min.tasks import Task, World
 from echo_min.worlds import load_world
@@ -70,14 +78,40 @@ def graded(episodes: list[Episode]) -> list[float]:
     return rewards
 
 
+def scripted(agent: str, task: Task, backend: str) -> tuple[Episode, str]:
+    """The task's own solution (oracle) or nothing (noop) instead of a policy. -> episode, what it printed."""
+    episode, said, started = Episode(task, 0, stop=StopReason.DONE), "", time.monotonic()
+    try:
+        with open_terminal(task, backend) as terminal:
+            if agent == "oracle":
+                if task.environment:
+                    terminal.copy_in(task.environment.folder / "solution", "/solution")
+                output = terminal.run(task.solution, timeout=task.limits.agent_seconds)
+                said = f"{output.text}\n(exit_code={output.exit_code})"
+                if output.timed_out:
+                    episode.stop = StopReason.AGENT_TIMEOUT
+            episode.reward = terminal.verify()
+    except TerminalDied as error:
+        episode.stop, episode.error = StopReason.INFRA_ERROR, str(error)
+    episode.seconds = time.monotonic() - started
+    return episode, said
+
+
 def cli(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or an arm's folder: its newest one")
-    parser.add_argument("--tasks", default="world:tool", help="world:NAME (its held-out tasks)")
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="or an arm's folder: its newest")
+    parser.add_argument("--agent", choices=["policy", "oracle", "noop"], default="policy", help="[policy]")
+    parser.add_argument("--tasks", default="world:tool", help="world:NAME (held out), or a folder of tasks")
+    parser.add_argument("--backend", choices=["sandbox", "docker"], default="sandbox", help="[sandbox]")
+    parser.add_argument("--allow_network", action="store_true", help="for tasks that ask for a network")
     parser.add_argument("-k", type=int, default=1, help="sampled rollouts per task")
     parser.add_argument("--limit", type=int, default=200, help="tasks at most")
+    parser.add_argument("--terminals", type=int, help="in use at one time [as trained; 4 for docker]")
+    parser.add_argument("--max_turns", type=int, help="commands per episode [as trained]")
     parser.add_argument("--temperature", type=float, help="sampling temperature [as trained]")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder for trials and transcripts; a second run goes on")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N transcripts in colour")
     args = parser.parse_args(argv)
     try:
@@ -89,43 +123,135 @@ def cli(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     if min(args.k, args.limit) < 1:
         raise ValueError("-k and --limit must be at least 1")
-    folder = found[1] if (found := checkpoint.latest(args.checkpoint)) else args.checkpoint
-    settings = folder / "echo_min.json"
-    config = on_this_machine(Config.load(settings) if settings.exists() else Config())
-    if args.temperature is not None:
-        config = replace(config, temperature=args.temperature)
-    model, tokenizer = load_policy(folder, config.device)
-    tasks = load_world(args.tasks.removeprefix("world:")).held_out[: args.limit]
-    episodes = sample_episodes(model, tokenizer, tasks, args.k, config, (3, args.seed))
-    summarise(episodes, sample_episodes(model, tokenizer, tasks, 1, config, None), args.k)
-    ce = observation_ce(model, [e.transcript for e in episodes])
-    print(f"observation CE   {ce:.3f} nats/token (own episodes)")
-    shown = episodes[: args.show]
-    for episode, logps in zip(shown, observation_logprobs(model, [e.transcript for e in shown]), strict=True):
-        tokens = report.tokens_with_surprise(tokenizer, episode.transcript, logps)
+    if (args.agent == "policy") != (args.checkpoint is not None):
+        raise ValueError("name a checkpoint, or pass --agent oracle or noop, which take none")
+    world = args.tasks.startswith("world:")
+    if world:
+        tasks = load_world(args.tasks.removeprefix("world:")).held_out[: args.limit]
+    else:
+        tasks = harbor_tasks(Path(args.tasks), args.allow_network)[: args.limit]
+    if args.agent == "oracle" and (lacking := [task.name for task in tasks if not task.solution]):
+        raise ValueError(f"no solution for an oracle to run: {', '.join(lacking)}")
+    config = Config()
+    if args.agent == "policy":
+        folder = found[1] if (found := checkpoint.latest(args.checkpoint)) else args.checkpoint
+        saved = folder / "echo_min.json"
+        config = on_this_machine(Config.load(saved) if saved.exists() else config)
+        model, tokenizer = load_policy(folder, config.device)
+    given = {name: getattr(args, name) for name in ("temperature", "max_turns", "terminals")}
+    if args.backend == "docker" and args.terminals is None:
+        given["terminals"] = 4
+    config = replace(config, backend=args.backend, **{k: v for k, v in given.items() if v is not None})
+
+    def play(rows: list[tuple[int, int]], key: tuple | None) -> list[dict]:
+        """-> one record a trial, in the order of rows."""
+        if args.agent == "policy":
+            episodes = sample_episodes(model, tokenizer, tasks, args.k, config, key, rows)
+            logps = observation_logprobs(model, [e.transcript for e in episodes])
+            texts = [report.transcript_text(tokenizer, e) for e in episodes]
+            for e, row in list(zip(episodes, logps, strict=True))[: max(0, args.show - len(shown))]:
+                shown.append((e, report.tokens_with_surprise(tokenizer, e.transcript, row)))
+        else:
+            with ThreadPoolExecutor(config.terminals) as pool:
+                ended = list(pool.map(lambda row: scripted(args.agent, tasks[row[0]], config.backend), rows))
+            episodes, texts, logps = [e for e, _ in ended], [text for _, text in ended], [{} for _ in ended]
+        records = []
+        for (_, member), e, row, text in zip(rows, episodes, logps, texts, strict=True):
+            records.append(trial(e, "greedy" if key is None else member, -sum(row.values())))
+            if args.out:
+                path = args.out / "transcripts" / f"{e.task.name}-{records[-1]['member']}.txt"
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(report.printable(text))
+        return records
+
+    shown: list[tuple[Episode, list]] = []
+    wanted = [((i, member), (3, args.seed)) for member in range(args.k) for i in range(len(tasks))]
+    if args.agent == "policy" and world:
+        wanted += [((i, 0), None) for i in range(len(tasks))]
+    named = "agent", "checkpoint", "tasks", "allow_network", "seed"
+    settings = {name: str(getattr(args, name)) for name in named}
+    trials = kept_trials(args.out, settings | {name: getattr(config, name) for name in given})
+    have = {(record["task"], record["member"]) for record in trials}
+    wanted = [
+        (row, key) for row, key in wanted
+        if (tasks[row[0]].name, "greedy" if key is None else row[1]) not in have
+    ]  # fmt: skip
+    with tqdm(total=len(wanted), desc=args.agent, disable=None, unit="trial") as bar:
+        while wanted:
+            rows = [row for row, key in wanted if key == wanted[0][1]][: config.terminals]
+            records = play(rows, wanted[0][1])
+            for record in records if args.out else []:
+                report.log(args.out / "trials.jsonl", record)
+            trials, wanted = trials + records, wanted[len(rows) :]
+            bar.update(len(rows))
+    summarise(trials, args.k)
+    for episode, tokens in shown:
         print(f"\n--- {episode.task.name}: reward {episode.reward:g}, {episode.stop}\n{report.ansi(tokens)}")
 
 
-def summarise(episodes: list[Episode], greedy: list[Episode], k: int) -> None:
-    """Print what was measured; infrastructure errors are counted apart and are in no rate."""
+def trial(e: Episode, member: int | str, nats: float) -> dict:
+    """A line of trials.jsonl. reward: null where the infrastructure failed. seconds: in the terminal."""
+    return {
+        "task": e.task.name,
+        "member": member,
+        "reward": None if isnan(e.reward) else e.reward,
+        "stop": str(e.stop),
+        "turns": e.turns,
+        "action_tokens": e.transcript.count(Role.ACTION),
+        "observation_tokens": e.transcript.count(Role.OBSERVATION),
+        "observation_nats": nats,
+        "seconds": e.seconds,
+        "error": e.error,
+    }
+
+
+def kept_trials(folder: Path | None, settings: dict) -> list[dict]:
+    """The trials of an interrupted evaluation, without those in which the infrastructure failed.
+
+    Raises ValueError if the folder holds another evaluation.
+    """
+    if folder is None:
+        return []
+    path, trials = folder / "settings.json", folder / "trials.jsonl"
+    if path.exists() and (old := json.loads(path.read_text())) != settings:
+        changed = [name for name in settings if old.get(name) != settings[name]]
+        raise ValueError(f"{folder} holds an evaluation with another {', '.join(changed)}: pass a new --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=1) + "\n")
+    checkpoint.truncate_metrics(trials, lambda record: record["reward"] is not None)
+    return report.read(trials)
+
+
+def summarise(trials: list[dict], k: int) -> None:
+    """Print what was measured. Passed is a reward of 1; infrastructure errors are in no rate."""
+    valid = [t for t in trials if t["reward"] is not None]
+    if failed := [t for t in trials if t["reward"] is None]:
+        print(f"infra errors     {len(failed)} of {len(trials)} trials, in no rate: {failed[0]['error']}")
+    if not valid:
+        raise RunStopped("no trial could be graded; the reason stands above")
     by_task: dict[str, list[float]] = {}
-    for e in episodes:
-        if not isnan(e.reward):
-            by_task.setdefault(e.task.name, []).append(e.reward)
-    graded(episodes)
+    for t in valid:
+        if t["member"] != "greedy":
+            by_task.setdefault(t["task"], []).append(t["reward"])
+    greedy = [t["reward"] for t in valid if t["member"] == "greedy"]
     full = [rewards for rewards in by_task.values() if len(rewards) == k]
     mean, half = report.mean_interval([sum(r) / len(r) for r in by_task.values()])
     print(f"pass@1 sampled   {mean:.3f} +- {half:.3f}   ({len(by_task)} tasks x {k})")
     passes = {f"pass@{k} sampled": [max(r) for r in full]} if k > 1 and full else {}
-    for name, passed in (passes | {"pass@1 greedy": graded(greedy)}).items():
-        low, high = report.wilson_interval(int(sum(passed)), len(passed))
-        print(f"{name:16} {sum(passed) / len(passed):.3f} [{low:.3f}, {high:.3f}]")
-    n = len(episodes)
-    stops = ", ".join(f"{reason} {sum(e.stop is reason for e in episodes) / n:.1%}" for reason in StopReason)
-    print(f"stops            {stops}")
-    print(f"turns            {sum(e.turns for e in episodes) / n:.2f}")
-    for role in (Role.ACTION, Role.OBSERVATION):
-        print(f"{role.name.lower() + ' tokens':18} {sum(e.transcript.count(role) for e in episodes) / n:.1f}")
+    passes |= {"pass@1 greedy": greedy} if greedy else {}
+    for name, rewards in passes.items():
+        passed = sum(reward >= 1 for reward in rewards)
+        low, high = report.wilson_interval(passed, len(rewards))
+        print(f"{name:16} {passed / len(rewards):.3f} [{low:.3f}, {high:.3f}]")
+    sampled = [t for t in trials if t["member"] != "greedy"]
+    n = len(sampled)
+    stops = (f"{reason} {sum(t['stop'] == reason for t in sampled) / n:.1%}" for reason in StopReason)
+    print(f"stops            {', '.join(stops)}")
+    for name in ("turns", "action_tokens", "observation_tokens", "seconds"):
+        print(f"{name.replace('_', ' '):18} {sum(t[name] for t in sampled) / n:.2f}")
+    if tokens := sum(t["observation_tokens"] for t in sampled):
+        ce = sum(t["observation_nats"] for t in sampled) / tokens
+        print(f"observation CE   {ce:.3f} nats/token (own episodes)")
 
 
 if __name__ == "__main__":

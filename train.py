@@ -30,7 +30,7 @@ from echo_min.policy import load_policy, on_this_machine, segment_logprobs
 from echo_min.rollout import Episode, batch_metrics, sample_episodes
 from echo_min.sft import make_base
 from echo_min.tasks import Task, World
-from echo_min.worlds import load_world
+from echo_min.worlds import load_tasks
 from eval import evaluate, expert_transcripts
 
 TRIVIAL = 0.1  # nats per token: output that the policy knew beforehand
@@ -183,7 +183,7 @@ def main(config: Config, folder: Path, stop: threading.Event | None = None) -> N
 
     stop: set it to end after the step at work. Raises RunStopped, or ValueError for a wrong folder.
     """
-    world = load_world(config.tasks.removeprefix("world:"))
+    world = load_tasks(config.tasks, config.allow_network)
     config.claim(folder)
     with checkpoint.only_writer(folder):
         config = on_this_machine(config)

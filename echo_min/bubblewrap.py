@@ -35,7 +35,7 @@ PIPE_BYTES = 64 * 1024  # what a pipe holds, and all that one read can find
 KEPT = 64  # idle boxes at most
 HELP = (
     "allow user namespaces: on Ubuntu 24.04 `sysctl kernel.apparmor_restrict_unprivileged_userns=0`"
-    " (a Docker backend, --backend docker, is planned)"
+    ", or use a Docker engine: --backend docker"
 )
 SUPERVISOR, RELAY = (
     Path(__file__).with_name(f"sandbox_{script}.sh").read_text() for script in ("supervisor", "relay")
@@ -196,8 +196,8 @@ def _syscall_filter() -> bytes:
 
 def _settings(limits: Limits) -> str:
     """The limits as bash assignments; sizes in KiB, as ulimit takes them."""
-    return f"""memory={limits.memory_mb * 1024} file={limits.work_mb * 1024} processes={limits.processes}
-        cpu={math.ceil(limits.agent_seconds)}\n"""
+    return f"""processes={limits.processes} memory={limits.memory_mb * 1024} file={limits.work_mb * 1024}
+        limits="-c 0 -t {math.ceil(limits.agent_seconds)} -f $file -n 256 -u $processes -v $memory"\n"""
 
 
 def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> list[str]:

@@ -33,8 +33,9 @@ class Config:
     threads: int = _f(1, "torch CPU threads; a second one slows a tiny model down; 0: as torch chooses")
 
     # tasks and terminal
-    tasks: str = _f("world:tool", "world:NAME")
-    backend: str = _f("sandbox", "sandbox (bubblewrap)")
+    tasks: str = _f("world:tool", "world:NAME, or a folder of Harbor tasks")
+    backend: str = _f("sandbox", "sandbox (bubblewrap), or docker (the engine that DOCKER_HOST names)")
+    allow_network: bool = _f(False, "containers whose task asks for a network get one")
     terminals: int = _f(64, "terminals in use at one time")
     max_turns: int = _f(3, "commands per episode")
     max_action_tokens: int = _f(12, "tokens per reply")
@@ -93,7 +94,7 @@ class Config:
             if f.type in (int, float) and not (0 < value < inf or (value == 0 and f.name in may_be_zero)):
                 raise ValueError(f"{f.name}: {value} is too small or not a finite number")
         allowed = {
-            "backend": ["sandbox"],
+            "backend": ["sandbox", "docker"],
             "observation_norm": ["observation", "selected", "global"],
             "policy_norm": ["sequence", "token"],
         }

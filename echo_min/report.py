@@ -118,9 +118,9 @@ def ansi(tokens: list[Token]) -> str:
 def write_transcripts(path: Path, tokenizer, episodes: list) -> None:
     """Plain text, one episode after the other, with the reward and what ended it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = [
-        f"=== {e.task.name}: reward {e.reward:g}, {e.stop}, {e.turns} turns {e.error}\n"
-        f"{printable(tokenizer.decode(e.transcript.ids))}\n"
-        for e in episodes
-    ]
-    path.write_text("\n".join(parts))
+    path.write_text("\n".join(transcript_text(tokenizer, e) for e in episodes))
+
+
+def transcript_text(tokenizer, e) -> str:
+    head = f"=== {e.task.name}: reward {e.reward:g}, {e.stop}, {e.turns} turns {e.error}\n"
+    return f"{head}{printable(tokenizer.decode(e.transcript.ids))}\n"

@@ -155,10 +155,20 @@ def rollout(agent: Sampler | Script, tokenizer, episodes: list[Episode], config:
 
 
 def sample_episodes(
-    model, tokenizer, tasks: list[Task], group_size: int, config: Config, key: tuple[int, ...] | None
+    model,
+    tokenizer,
+    tasks: list[Task],
+    group_size: int,
+    config: Config,
+    key: tuple[int, ...] | None,
+    rows: list[tuple[int, int]] | None = None,
 ) -> list[Episode]:
-    """group_size rollouts of each task. (*key, group, member) seeds a rollout's noise; key None is greedy."""
-    rows = [(group, member) for group in range(len(tasks)) for member in range(group_size)]
+    """group_size rollouts of each task. (*key, group, member) seeds a rollout's noise; key None is greedy.
+
+    rows: the (group, member) to play, if not all.
+    """
+    if rows is None:
+        rows = [(group, member) for group in range(len(tasks)) for member in range(group_size)]
     tokens, episodes = config.max_turns * config.max_action_tokens, []
     for start in range(0, len(rows), config.terminals):
         part = rows[start : start + config.terminals]

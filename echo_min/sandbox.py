@@ -41,12 +41,18 @@ class TerminalDied(RuntimeError):
 def open_terminal(task: Task, backend: str = "sandbox", output_chars: int = 50_000):
     """A terminal in a fresh copy of the task's work folder, for a `with` block.
 
-    backend: "sandbox" (bubblewrap). output_chars: characters kept of one command's output. Raises
-    ValueError for an unknown backend or a task whose files can't be laid out, SandboxUnavailable when no
-    sandbox can start here.
+    backend: "sandbox" (bubblewrap) or "docker" (the engine that DOCKER_HOST names). output_chars:
+    characters kept of one command's output. Raises ValueError for an unknown backend or a task whose files
+    can't be laid out, SandboxUnavailable or EngineUnavailable when no sandbox or no engine can be had here.
     """
+    if backend == "docker":
+        from echo_min.container import Container  # not before: who uses the sandbox needs no docker package
+
+        return Container(task, output_chars)
     if backend != "sandbox":
-        raise ValueError(f"backend: {backend!r} does not exist; there is sandbox")
+        raise ValueError(f"backend: {backend!r} does not exist; there is sandbox, docker")
+    if task.environment:
+        raise ValueError(f"task {task.name} asks for a container of its own: --backend docker")
     return Sandbox(task, output_chars)
 
 
@@ -153,12 +159,17 @@ class Sandbox:
         return len(data)
 
 
-def _layout(task: Task) -> bytes:
-    """The work folder's files as a bash script of builtins (a fork costs as much as the rest of it)."""
-    lines, folders = [], set()
+def check_names(task: Task) -> None:
+    """Raises ValueError for a file or tool that would lie elsewhere."""
     for name in [*task.files, *task.tools]:
         if not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
             raise ValueError(f"task {task.name}: file {name!r} must have a path below the work folder")
+
+
+def _layout(task: Task) -> bytes:
+    """The work folder's files as a bash script of builtins (a fork costs as much as the rest of it)."""
+    lines, folders = [], set()
+    check_names(task)
     for name, content in task.files.items():
         folder, path = os.path.dirname(name), shlex.quote(f"/work/{name}")
         if folder and folder not in folders:

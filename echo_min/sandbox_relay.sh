@@ -14,16 +14,15 @@ reap() {  # stop all that the command started, lest parents report killed childr
         done
     done
 }
-echo ready
+echo "${mark}ready"
 while IFS= read -r -d '' command; do
     list=(/proc/[0-9]*) late=
     before=" ${list[*]} "
-    { ulimit -c 0 -t $cpu -f $file -n 256 -u $processes -v $memory && exec -a bash /bin/bash -c -- "$command"
-    } </dev/null >&3 2>&3 3>&- &
+    { ulimit $limits && exec -a bash /bin/bash -c -- "$command"; } </dev/null >&3 2>&3 3>&- &
     # bash may also return from `wait` for a signal that came just after the last one
     while wait -f $!; code=$?; [[ ! $late ]] && kill -0 $!; do :; done
     if [[ $late ]]; then reap; fi
     list=(/proc/[0-9]*)  # so many that the next command would have no room? then none may stay
     if ((${#list[@]} > processes / 2 + 1)); then before=' /proc/1 ' && reap; fi
-    echo ${late:-$code}
+    echo "$mark${late:-$code}"
 done

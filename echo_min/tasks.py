@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,26 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Environment:
+    """The container that a Harbor task asks for; only the Docker backend has it."""
+
+    folder: Path  # the task's: environment/, tests/ and solution/ lie in it
+    image: str = ""  # pulled; if empty, environment/ is built
+    build_seconds: float = 600.0
+    cpus: float = 1.0
+    network: bool = False
+    workdir: str = ""  # if empty, the image's
+    env: dict[str, str] = field(default_factory=dict)
+    verifier_env: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Task:
     """`verify` and `solution` are bash scripts; both run in the work folder.
 
     files: path below the work folder -> content. tools: name -> executable on PATH, read-only to the agent.
     verify exits with 0 for reward 1 and with 1 for reward 0; any other exit is an error of the
-    infrastructure.
+    infrastructure. With an environment, verify writes the reward to a file instead (container.py).
     """
 
     name: str
@@ -33,6 +48,7 @@ class Task:
     files: dict[str, bytes] = field(default_factory=dict)
     tools: dict[str, bytes] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
+    environment: Environment | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
-"""The generated worlds by name, as in `--tasks world:tool`."""
+"""Tasks as `--tasks` names them: a generated world (`world:tool`), or a folder in Harbor's format."""
+
+from pathlib import Path
 
 from echo_min.file_world import file_world
+from echo_min.harbor import harbor_world
 from echo_min.python_world import python_world
 from echo_min.tasks import World
 from echo_min.tool_world import TOOL_WORLDS
@@ -13,3 +16,12 @@ def load_world(name: str) -> World:
     if name not in WORLDS:
         raise ValueError(f"world:{name} does not exist; there is {', '.join(f'world:{n}' for n in WORLDS)}")
     return WORLDS[name]()
+
+
+def load_tasks(name: str, allow_network: bool = False) -> World:
+    """`world:NAME`, or a folder. Raises ValueError for one that is neither, or holds a malformed task."""
+    if name.startswith("world:"):
+        return load_world(name.removeprefix("world:"))
+    if not Path(name).is_dir():
+        raise ValueError(f"tasks: {name!r} is neither world:NAME nor a folder")
+    return harbor_world(Path(name), allow_network)

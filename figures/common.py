@@ -48,7 +48,8 @@ SETTINGS = {"eval_tasks": 200, "save_every": 25}  # of every experiment
 
 def digest(config: Config) -> str:
     """Of every setting but those that say where and on what a run is made."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("name", "device", "threads", "model")}
+    elsewhere = "name", "device", "threads", "model", "allow_network"
+    settings = {k: v for k, v in asdict(config).items() if k not in elsewhere}
     return hashlib.sha1(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 

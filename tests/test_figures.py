@@ -88,13 +88,13 @@ def test_pictures_and_tables_from_whole_and_partial_data(script, share, folders,
 
 def test_a_run_is_made_once():
     """One real tiny run; the second call has nothing left to do."""
-    script = [sys.executable, "figures/learning_curves.py", "--quick", "--run", "--only", "tool/grpo"]
+    script = [sys.executable, "figures/learning_curves.py", "--quick", "--run", "--only", "hard/grpo"]
     data = ROOT / "runs" / "quick" / "data" / "learning_curves.jsonl"
     shutil.rmtree(ROOT / "runs" / "quick", ignore_errors=True)
     first = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stdout + first.stderr
     before = data.read_text()
-    lines = [json.loads(line) for line in before.splitlines() if json.loads(line)["key"] == "tool/grpo/1"]
+    lines = [json.loads(line) for line in before.splitlines() if json.loads(line)["key"] == "hard/grpo/1"]
     assert [line["step"] for line in lines] == [0, 2, 4] and "pass_at_8" in lines[-1]
     second = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
     assert second.returncode == 0 and data.read_text() == before

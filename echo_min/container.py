@@ -1,0 +1,267 @@
+"""A terminal for one episode: a container on the Docker engine that DOCKER_HOST names (else the local one).
+
+    host ── attach: stdin, stdout ──> relay (bash, pid 1, out of reach of signals): the agent's commands
+         └─ exec, as the image's user ──> the verifier, when the agent has finished
+
+The container ends with the connection that it was started on, with the relay's own clock, or by `close`. A
+Harbor task's verifier shares the container with an agent that may be root there, as in Harbor: what lies
+in /tests and /logs/verifier is removed first, but an agent that replaces `python` has replaced it for both.
+A generated task's agent is a plain user without capabilities, its verifier root.
+"""
+
+import contextlib
+import io
+import json
+import math
+import re
+import secrets
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import docker
+
+from echo_min import engine
+from echo_min.bubblewrap import PIPE_BYTES, RELAY
+from echo_min.engine import ERRORS, Stream
+from echo_min.sandbox import GRACE_SECONDS, Output, TerminalDied, check_names
+from echo_min.tasks import Environment, Task
+
+START_SECONDS = 60.0  # until it answers
+DISK_SECONDS = 2.0  # between looks at how much a command has written
+CLEAR = """PATH=/usr/bin:/bin:/usr/sbin:/sbin; set -- /tests /logs/verifier
+[[ -e $1 || -L $1 || -e $2 || -L $2 ]] || exit 0
+exec rm -rf -- "$@" """
+# Ahead of the relay. Its clock: a read from a pipe that nobody writes to, then a signal of its own. That ends
+# a `wait` but not a `read`: it gets an empty command. (A time limit on `read` makes bash mortal to TERM.)
+PRELUDE = """exec 2>&1; export LC_ALL=C; trap exit RTMIN+9
+exec {{never}}<> <(:)
+{{ read -r -t {life} -N 1 -u $never; kill -RTMIN+9 $$; printf '\\0' >/proc/$$/fd/0
+}} </dev/null &>/dev/null & exec {{never}}>&-
+mark={mark} processes={processes} limits='-c 0'
+"""
+USERS = {"passwd": b"root:x:0:0::/root:/bin/bash\nagent:x:1000:1000::/work:/bin/bash\n",
+         "group": b"root:x:0:\nagent:x:1000:\n"}  # fmt: skip
+_few_at_a_time = threading.BoundedSemaphore(8)  # to start; as many may run as there are threads
+
+
+class Container:
+    """One episode's terminal. Many may run at once in many threads; each serves one thread at a time."""
+
+    def __init__(self, task: Task, output_chars: int = 50_000):
+        self.task, self.output_chars = task, output_chars
+        self._id = self._stream = None
+        self._engine, self._mark = engine.connect(), secrets.token_hex(16)
+        check_names(task)
+        self._answer = re.compile(self._mark.encode() + rb"(ready|late|\d{1,3})\n")
+        self._unread, self._text, self._printed = b"", bytearray(), 0  # of the command at work
+        image = engine.image_of(self._engine, task)
+        life, processes = engine.LIFE_SECONDS, task.limits.processes
+        prelude = PRELUDE.format(life=life, mark=self._mark, processes=processes)
+        with _few_at_a_time, self._guard("cannot start its container"):
+            self._create(image)
+            attached = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
+            self._stream = Stream(self._engine.attach_socket(self._id, attached))
+            self._engine.start(self._id)
+            self._stream.send((prelude + RELAY).encode() + b"\0")
+            if self._reply(time.monotonic() + START_SECONDS) != "ready":
+                raise TimeoutError(f"no answer: {self._text[:500].decode(errors='replace')}")
+
+    def _create(self, image: str) -> None:
+        """A container that is not started yet, with the task's files in it."""
+        task, asked = self.task, self.task.environment or Environment(Path())
+        limits = {
+            "mem_limit": task.limits.memory_mb * 2**20,
+            "memswap_limit": task.limits.memory_mb * 2**20,
+            "nano_cpus": int(1e9 * min(asked.cpus, engine.cpus(self._engine))),
+            "pids_limit": task.limits.processes + 16,  # room for the verifier to start
+            "security_opt": ["no-new-privileges:true"],
+            "network_mode": engine.network(self._engine) if asked.network else "none",
+            "cap_drop": [] if task.environment else ["ALL"],
+            "log_config": {"type": "none"},  # else what is printed fills the engine's disk
+            "auto_remove": True,
+        }
+        user = {"environment": asked.env, "working_dir": asked.workdir or None}
+        if not task.environment:
+            variables = {"HOME": "/work", "PATH": "/opt/tools:/usr/bin:/bin"}
+            user = {"user": "1000:1000", "working_dir": "/work", "environment": variables}
+        self._id = self._engine.create_container(
+            image,
+            ["bash", "-c", 'read -r -d "" relay; eval "$relay"'],  # by stdin, so that `ps` stays short
+            hostname="sandbox",
+            stdin_open=True,  # and, not detached, closed when the host's connection is
+            labels={engine.LABEL: engine.this_run()},
+            host_config=self._engine.create_host_config(**limits),
+            use_config_proxy=False,
+            **user,
+        )["Id"]
+        if not task.environment:
+            files = [(f"work/{name}", content, 1000, 0o644) for name, content in task.files.items()]
+            files += [(f"opt/tools/{name}", content, 0, 0o555) for name, content in task.tools.items()]
+            files += [(f"etc/{name}", content, 0, 0o444) for name, content in USERS.items()]
+            self._engine.put_archive(self._id, "/", engine.archive([("work", None, 1000, 0o755), *files]))
+
+    def run(self, command: str, timeout: float | None = None) -> Output:
+        """Run it in a fresh bash in the work folder. timeout: seconds; None means the task's command_seconds.
+
+        Its background processes live on, unless it timed out. Raises TerminalDied if the container is gone,
+        or has to go because it holds more than the task's work_mb.
+        """
+        data = command.encode(errors="replace") + b"\0"
+        if data.count(b"\0") > 1 or len(data) > PIPE_BYTES:
+            return Output("bash: the command holds a NUL byte or is too long\n", 126, False, False)
+        deadline = time.monotonic() + (self.task.limits.command_seconds if timeout is None else timeout)
+        self._text, self._printed = bytearray(), 0
+        if self._id is None:
+            raise TerminalDied("the container is closed")
+        with self._guard("its container failed"):
+            self._stream.send(data)
+            while (reply := self._reply(min(deadline, time.monotonic() + DISK_SECONDS))) is None:
+                if time.monotonic() >= deadline:
+                    break
+                self._check_disk()
+            while reply is None and time.monotonic() < deadline + GRACE_SECONDS:
+                # Repeated: bash may have been just before `wait`. It returns when the signal is delivered.
+                self._engine.kill(self._id, "SIGURG")
+                reply = self._reply(time.monotonic() + 0.2)
+            if reply in (None, "ready"):  # an agent that is root can forge answers
+                raise TimeoutError("its relay does not answer")
+        text = self._text.decode(errors="replace")
+        truncated = self._printed > len(self._text) or len(text) > self.output_chars
+        late = reply == "late"
+        return Output(text[: self.output_chars], 124 if late else int(reply), late, truncated)
+
+    def copy_in(self, folder: Path, target: str, *empty: str) -> None:
+        """Copy a folder's content into the container's folder `target`; root owns it. empty: more folders.
+
+        All are absolute paths. Raises TerminalDied.
+        """
+        with self._guard(f"cannot copy {folder} into its container"):
+            self._engine.put_archive(self._id, "/", engine.archive_of(folder, target, *empty))
+
+    def verify(self) -> float:
+        """The reward, as the task's verifier says. Raises TerminalDied when it says none."""
+        task, seconds = self.task, self.task.limits.verifier_seconds
+        if not task.environment:
+            code, said = self._exec(task.verify, seconds, user="root")
+            if code not in (0, 1):
+                self._no_verdict(f"exited with {code}, not 0 or 1: {said}")
+            return 1.0 - code
+        code, said = self._exec(CLEAR, START_SECONDS, user="root")
+        if code != 0:
+            self._die(f"cannot clear /tests and /logs/verifier for the verifier of {task.name}: {said}")
+        self.copy_in(task.environment.folder / "tests", "/tests", "/logs/verifier")
+        code, said = self._exec(task.verify, seconds, environment=task.environment.verifier_env)
+        for name, parse in (("reward.json", _json_reward), ("reward.txt", float)):
+            if (text := self._read(f"/logs/verifier/{name}")) is None:
+                continue
+            try:
+                if math.isfinite(reward := parse(text)):
+                    return reward
+            except (ValueError, OverflowError, RecursionError):
+                pass
+            self._no_verdict(f"left a malformed {name}, {text!r:.80}; it exited with {code}: {said}")
+        self._no_verdict(f"left no reward in /logs/verifier; it exited with {code}: {said}")
+
+    def close(self) -> None:
+        """Remove the container and all that runs in it; may be called again."""
+        (gone, self._id), (stream, self._stream) = (self._id, None), (self._stream, None)
+        if stream:
+            stream.close()
+        if gone:
+            with contextlib.suppress(*ERRORS):  # gone already, or the engine is; the next run sweeps
+                self._engine.remove_container(gone, force=True, v=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    @contextlib.contextmanager
+    def _guard(self, what: str):
+        """The engine's failures, as the contract has them; a terminal that failed is closed."""
+        try:
+            yield
+        except ERRORS as error:
+            self._die(f"task {self.task.name}: {what}: {error}")
+        except BaseException:
+            self.close()
+            raise
+
+    def _die(self, reason: str):
+        self.close()
+        raise TerminalDied(reason)
+
+    def _no_verdict(self, what: str):
+        self._die(f"the verifier of {self.task.name} {what}")
+
+    def _reply(self, deadline: float) -> str | None:
+        """What the relay says; None if it says nothing in time. What comes before that is the output."""
+        while not (found := self._answer.search(self._unread)):
+            rest = max(0, len(self._unread) - len(self._mark) - 8)  # an answer may have come in part
+            self._keep(self._unread[:rest])
+            self._unread = self._unread[rest:]
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            with contextlib.suppress(TimeoutError):
+                self._unread += self._stream.receive(left)
+        self._keep(self._unread[: found.start()])
+        self._unread = self._unread[found.end() :]
+        return found[1].decode()
+
+    def _keep(self, data: bytes) -> None:
+        """As much as can be shown: a character has up to 4 bytes."""
+        self._printed += len(data)
+        self._text += data[: max(0, 4 * self.output_chars + 4 - len(self._text))]
+
+    def _check_disk(self) -> None:
+        listed = self._engine.containers(filters={"id": self._id}, size=True)
+        if listed and listed[0].get("SizeRw", 0) > self.task.limits.work_mb * 2**20:
+            raise OSError(f"it holds more than {self.task.limits.work_mb} MiB")
+
+    def _exec(self, script: str, seconds: float, **options) -> tuple[int, str]:
+        """Run a script of ours. -> exit code, the end of what it printed. Raises TerminalDied when late."""
+        said, deadline = b"", time.monotonic() + seconds
+        command = ["bash", "--norc", "--noprofile", "-c", script]
+        with self._guard(f"the verifier of {self.task.name}, limited to {seconds:g} s, failed"):
+            made = self._engine.exec_create(self._id, command, **options)
+            stream = Stream(self._engine.exec_start(made, socket=True))
+            try:
+                while (left := deadline - time.monotonic()) > 0:
+                    said = (said + stream.receive(left))[-2000:]
+            except EOFError:
+                pass
+            finally:
+                stream.close()
+            while (code := self._engine.exec_inspect(made)["ExitCode"]) is None:
+                if time.monotonic() > deadline:
+                    raise TimeoutError("it did not end in time")
+                time.sleep(0.01)
+        return code, said.decode(errors="replace").strip()[-500:]
+
+    def _read(self, path: str) -> str | None:
+        """A short text file in the container; None if there is none."""
+        with self._guard(f"cannot read {path}"):
+            try:
+                chunks, stat = self._engine.get_archive(self._id, path)
+            except docker.errors.NotFound:
+                return None
+            if stat["size"] > PIPE_BYTES:
+                return "(too long)"
+            with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as tar:
+                entry = tar.next()
+                if not (entry and entry.isreg()):
+                    return "(not a file)"
+                return tar.extractfile(entry).read().decode(errors="replace")
+
+
+def _json_reward(text: str) -> float:
+    values = json.loads(text)
+    if isinstance(values, dict) and len(values) > 1:
+        values = {"reward": values.get("reward")}
+    if not isinstance(values, dict) or [type(v) for v in values.values()] not in ([int], [float]):
+        raise ValueError("not an object of numbers with one called reward")
+    return float(*values.values())

@@ -1,0 +1,218 @@
+"""The Docker engine that DOCKER_HOST names (else the local one): its client, what dead runs left there, the
+images of tasks, and how bytes get in and out of a container."""
+
+import contextlib
+import functools
+import hashlib
+import io
+import os
+import socket
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import docker
+import requests
+
+from echo_min.config import RunStopped
+from echo_min.sandbox import TerminalDied
+from echo_min.tasks import Task
+
+BASE = os.environ.get("ECHO_MIN_BASE_IMAGE", "")  # instead of a public one, where no registry is reached
+DEFAULT = "debian:bookworm"  # for generated tasks
+LABEL = "echo_min.run"
+LIFE_SECONDS = 12 * 3600  # of a container, at most
+PULL_SECONDS = 1800.0
+SEND_SECONDS = 60.0
+ERRORS = docker.errors.DockerException, requests.RequestException, tarfile.TarError, OSError, EOFError
+_few_at_a_time = threading.BoundedSemaphore(4)  # images
+_locks: dict[str, threading.Lock] = {}
+_known: dict[str, str] = {}  # image -> why it cannot be made, or nothing
+
+
+class EngineUnavailable(RunStopped):
+    """No Docker engine answers. The message says what to do."""
+
+
+@functools.cache
+def connect() -> docker.APIClient:
+    """The engine's client, one for all threads. The first call removes what dead runs have left there.
+
+    Raises EngineUnavailable.
+    """
+    try:
+        client = docker.from_env(max_pool_size=64).api
+        _sweep(client)
+    except ERRORS as error:
+        where = os.environ.get("DOCKER_HOST", "the local socket")
+        raise EngineUnavailable(
+            f"no Docker engine answers at {where}: {error}; start dockerd, or set DOCKER_HOST"
+        ) from error
+    return client
+
+
+def this_run() -> str:
+    """Names this process: host, pid, and when it started, in ticks."""
+    return f"{socket.gethostname()} {os.getpid()} {_started(os.getpid())}"
+
+
+def _started(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _sweep(client: docker.APIClient) -> None:
+    """Remove the containers of runs of this host that are no more, and those of any run beyond their time."""
+    for container in client.containers(all=True, filters={"label": LABEL}):
+        host, pid, started = container["Labels"][LABEL].split()
+        dead = host == socket.gethostname() and _started(int(pid)) != started
+        if dead or time.time() - container["Created"] > LIFE_SECONDS:
+            with contextlib.suppress(docker.errors.APIError):  # it may be going by itself
+                client.remove_container(container["Id"], force=True, v=True)
+
+
+@functools.cache
+def cpus(client: docker.APIClient) -> int:
+    return client.info()["NCPU"]
+
+
+@functools.cache
+def network(client: docker.APIClient) -> str:
+    """A network whose containers reach the world, but not each other."""
+    if not client.networks(names=["echo_min"]):
+        apart = {"com.docker.network.bridge.enable_icc": "false"}
+        client.create_network("echo_min", driver="bridge", options=apart, check_duplicate=True)
+    return "echo_min"
+
+
+def image_of(client: docker.APIClient, task: Task) -> str:
+    """The name of the task's image, which is then on the engine. Raises TerminalDied that says why not."""
+    environment = task.environment
+    if environment is None or environment.image:
+        name = environment.image if environment else BASE or DEFAULT
+    else:
+        name = f"echo_min:{_digest(environment.folder / 'environment')}"
+    with _locks.setdefault(name, threading.Lock()):
+        if name not in _known:
+            with _few_at_a_time:
+                _known[name] = _make(client, task, name)
+    if failure := _known[name]:
+        raise TerminalDied(f"task {task.name}: no image {name}: {' '.join(failure.split())}")
+    return name
+
+
+def _make(client: docker.APIClient, task: Task, name: str) -> str:
+    """-> why it could not be made, or nothing."""
+    try:
+        client.inspect_image(name)
+        return ""
+    except docker.errors.ImageNotFound:
+        pass
+    except ERRORS as error:
+        raise TerminalDied(f"task {task.name}: {error}") from error
+    build = name.startswith("echo_min:")
+    what, started = f"{task.name}: {'building' if build else 'pulling'} {name}", time.monotonic()
+    print(f"{what} ...", file=sys.stderr, flush=True)
+    seconds = task.environment.build_seconds if build else PULL_SECONDS
+    try:
+        if build:
+            folder = str(task.environment.folder / "environment")
+            arguments = {"BASE": BASE} if BASE else {}
+            options = {"buildargs": arguments, "rm": True, "forcerm": True, "timeout": seconds}
+            lines = client.build(folder, tag=name, decode=True, **options)
+        else:
+            repository, tag = docker.utils.parse_repository_tag(name)
+            lines = client.pull(repository, tag or "latest", stream=True, decode=True)
+        said = ""
+        for line in lines:
+            said = (said + line.get("stream", ""))[-500:]
+            if "error" in line:
+                return f"{line['error']}: {said}"
+            if time.monotonic() - started > seconds:  # leaving the loop ends the build
+                return f"not done after {seconds:g} s: {said}"
+    except ERRORS as error:  # not remembered: the engine may be back
+        raise TerminalDied(f"task {task.name}: no image {name}: {error}") from error
+    print(f"{what}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return ""
+
+
+def _digest(folder: Path) -> str:
+    """Of all that goes into the image, so that a task which changes gets a new one."""
+    digest = hashlib.sha256(BASE.encode())
+    for path in sorted(folder.rglob("*")):
+        link, plain = path.is_symlink(), path.is_file()
+        content = os.readlink(path).encode() if link else path.read_bytes() if plain else b""
+        key = f"{path.relative_to(folder)}\0{path.lstat().st_mode}\0{len(content)}\0"
+        digest.update(key.encode() + content)
+    return digest.hexdigest()[:24]
+
+
+class Stream:
+    """A connection to a container's or command's stdin and output, which comes in frames: a header of eight
+    bytes, whose last four are the length, and the data."""
+
+    def __init__(self, raw):
+        self._raw, self._socket = raw, getattr(raw, "_sock", raw)
+        self._header, self._left = b"", 0  # of the frame at hand
+
+    def send(self, data: bytes) -> None:
+        self._socket.settimeout(SEND_SECONDS)
+        self._socket.sendall(data)
+
+    def receive(self, seconds: float) -> bytes:
+        """The next part of the output, perhaps empty. Raises TimeoutError, and EOFError at its end."""
+        self._socket.settimeout(seconds)
+        if not (data := self._socket.recv(self._left or 8 - len(self._header))):
+            raise EOFError("the connection is closed")
+        if self._left:
+            self._left -= len(data)
+            return data
+        self._header += data
+        if len(self._header) == 8:
+            self._left, self._header = int.from_bytes(self._header[4:], "big"), b""
+        return b""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.close()
+            self._raw.close()
+
+
+def archive(entries: list[tuple[str, bytes | None, int, int]]) -> bytes:
+    """A tar of (path, content or None for a folder, owner, permissions); its folders belong to the owner."""
+    buffer, seen = io.BytesIO(), {"opt", "etc"}
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for path, content, owner, mode in entries:
+            parents = [(str(p), None, owner, 0o755) for p in reversed(Path(path).parents[:-1])]
+            for name, data, uid, bits in [*parents, (path, content, owner, mode)]:
+                if name in seen:
+                    continue
+                seen.add(name)
+                entry = tarfile.TarInfo(name)
+                entry.uid = entry.gid = uid
+                entry.mode, entry.size = bits, len(data or b"")
+                entry.type = tarfile.DIRTYPE if data is None else tarfile.REGTYPE
+                tar.addfile(entry, io.BytesIO(data or b""))
+    return buffer.getvalue()
+
+
+def archive_of(folder: Path, target: str, *empty: str) -> bytes:
+    """A tar of what is in the folder, as content of `target`, owned by root; and of empty folders for all."""
+
+    def owned_by_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+        entry.uid = entry.gid = 0
+        entry.uname = entry.gname = ""
+        return entry
+
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        tar.add(folder, target.strip("/"), filter=owned_by_root)
+        for path in empty:
+            entry = tarfile.TarInfo(path.strip("/"))
+            entry.type, entry.mode = tarfile.DIRTYPE, 0o777
+            tar.addfile(entry)
+    return buffer.getvalue()

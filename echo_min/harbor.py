@@ -1,0 +1,166 @@
+"""Reads tasks in Harbor's format (that of Terminal-Bench 2): a folder a task.
+
+    instruction.md            the prompt
+    task.toml                 limits, and what the container is like
+    environment/Dockerfile    its image, unless task.toml names one
+    tests/test.sh             the verifier; the agent never sees this folder
+    solution/solve.sh         optional: an oracle's
+"""
+
+import math
+import random
+import re
+import tomllib
+from pathlib import Path
+
+from echo_min.tasks import Environment, Limits, Task, World
+
+COMMAND_SECONDS = 120.0  # one command; the format only limits all of them together
+PROCESSES = 1024
+LOOK_AROUND = ["pwd", "ls -la", "head -n 20 *", "git log --oneline", "ps"]
+
+
+def harbor_tasks(folder: Path, allow_network: bool = False) -> list[Task]:
+    """The tasks of a set, by name: in FOLDER/*/, FOLDER/tasks/*/ or FOLDER/*/*/; or FOLDER itself is one.
+
+    A task gets a network only if it asks for one and allow_network is true. Raises ValueError that names the
+    file and the key.
+    """
+    patterns = "task.toml", "*/task.toml", "tasks/*/task.toml", "*/*/task.toml"
+    files = next((found for p in patterns if (found := sorted(folder.glob(p)))), [])
+    if not files:
+        raise ValueError(f"{folder}: no task.toml in it, in {', '.join(patterns[1:])} either")
+    tasks = [harbor_task(file.parent, allow_network) for file in files]
+    names = [task.name for task in tasks]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{folder}: more than one task is called {', '.join(twice)}")
+    return tasks
+
+
+def harbor_task(folder: Path, allow_network: bool = False) -> Task:
+    """Raises ValueError that names the file and the key."""
+    path = folder / "task.toml"
+    try:
+        settings = tomllib.loads(path.read_bytes().decode())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if "steps" in settings:
+        raise ValueError(f"{path}: [[steps]]: tasks of several steps are not supported")
+    for key in ("version", "schema_version"):
+        if (version := settings.get(key, "1.0")) not in ("1.0", "1.1", "1.2"):
+            raise ValueError(f"{path}: {key}: {version!r} is not 1.0, 1.1 or 1.2")
+    agent, verifier, env = (_Table(path, settings, key) for key in ("agent", "verifier", "environment"))
+    image = env.text("docker_image")
+    needed = ["instruction.md", "tests/test.sh", *([] if image else ["environment/Dockerfile"])]
+    for name in needed:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: missing, or not a file")
+    try:
+        instruction = (folder / "instruction.md").read_bytes().decode()
+    except ValueError as error:
+        raise ValueError(f"{folder / 'instruction.md'}: {error}") from None
+    if env.number("gpus", 0.0, at_least=0):
+        raise ValueError(f"{path}: [environment] gpus: containers get no GPU here")
+    if verifier.values.get("environment_mode") == "separate":
+        raise ValueError(f"{path}: [verifier] environment_mode: only a verifier in the agent's own container")
+    agent_seconds = agent.number("timeout_sec", math.inf)
+    return Task(
+        name=folder.resolve().name,
+        instruction=instruction,
+        verify="bash /tests/test.sh",
+        solution="bash /solution/solve.sh" if (folder / "solution/solve.sh").is_file() else "",
+        limits=Limits(
+            command_seconds=min(COMMAND_SECONDS, agent_seconds),
+            agent_seconds=agent_seconds,
+            verifier_seconds=verifier.number("timeout_sec", 600.0),
+            memory_mb=env.size("memory", 2048),
+            work_mb=env.size("storage", 10240),
+            processes=PROCESSES,
+        ),
+        environment=Environment(
+            folder=folder.resolve(),
+            image=image,
+            build_seconds=env.number("build_timeout_sec", 600.0),
+            cpus=env.number("cpus", 1.0),
+            network=env.network() and allow_network,
+            workdir=env.text("workdir"),
+            env=env.texts("env"),
+            verifier_env=verifier.texts("env"),
+        ),
+    )
+
+
+class _Table:
+    """One table of a task.toml; whatever is read from it is checked."""
+
+    def __init__(self, path: Path, settings: dict, name: str):
+        self.path, self.name, self.values = path, name, settings.get(name, {})
+        if not isinstance(self.values, dict):
+            raise ValueError(f"{path}: {name}: expected a table [{name}], got {self.values!r:.80}")
+
+    def number(self, key: str, default: float, at_least: float = 1e-3) -> float:
+        value = self.values.get(key, default)
+        if type(value) not in (int, float) or not (at_least <= value <= 1e9 or value == default):
+            self._refuse(key, "a number above 0" if at_least else "a number, 0 or more")
+        return float(value)
+
+    def text(self, key: str) -> str:
+        value = self.values.get(key) or ""
+        if not isinstance(value, str) or not value.isprintable():
+            self._refuse(key, "a line of text")
+        return value
+
+    def texts(self, key: str) -> dict[str, str]:
+        value = self.values.get(key, {})
+        names = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+        if not isinstance(value, dict) or not all(
+            names.fullmatch(k) and isinstance(v, str) and "\0" not in v for k, v in value.items()
+        ):
+            self._refuse(key, "a table of names and texts")
+        return value
+
+    def size(self, key: str, default: int) -> int:
+        """MiB, from KEY_mb (a number) or the older KEY ("2G")."""
+        if f"{key}_mb" in self.values:
+            return math.ceil(self.number(f"{key}_mb", default))
+        value = self.values.get(key, f"{default}M")
+        form = r"(\d{1,9}(?:\.\d{1,9})?) ?([KMGT])i?B?"
+        match = re.fullmatch(form, value) if isinstance(value, str) else None
+        size = math.ceil(float(match[1]) * 1024.0 ** ("KMGT".index(match[2]) - 1)) if match else 0
+        if not 0 < size <= 1e9:
+            self._refuse(key, 'a size like "2G"')
+        return size
+
+    def network(self) -> bool:
+        mode, asked = self.values.get("network_mode"), self.values.get("allow_internet", True)
+        if mode not in (None, "public", "no-network"):
+            self._refuse("network_mode", '"public" or "no-network"')
+        if not isinstance(asked, bool):
+            self._refuse("allow_internet", "true or false")
+        return asked if mode is None else mode == "public"
+
+    def _refuse(self, key: str, expected: str):
+        raise ValueError(
+            f"{self.path}: [{self.name}] {key}: expected {expected}, got {self.values.get(key)!r:.80}"
+        )
+
+
+def harbor_world(folder: Path, allow_network: bool = False) -> World:
+    """A set to train on; every fifth task, at least one, is held out.
+
+    Nobody scripts an expert for tasks unknown: weak and expert agents alike only look around.
+    """
+    tasks = harbor_tasks(folder, allow_network)
+    if len(tasks) < 2:
+        raise ValueError(f"{folder}: one task cannot be both trained on and held out")
+
+    def look(task: Task, rng: random.Random) -> list[str]:
+        return [*rng.sample(LOOK_AROUND, 2), "done"]
+
+    def weak(rng: random.Random) -> tuple[Task, list[str]]:
+        task = rng.choice(train)
+        return task, look(task, rng)
+
+    held_out = tasks[::5]
+    train = [task for i, task in enumerate(tasks) if i % 5]
+    return World(train=train, held_out=held_out, weak=weak, expert=look)

@@ -1,0 +1,435 @@
+"""Terminals in containers, on a real Docker engine: the sandbox's own tests, what only containers have, and
+what happens when the engine, a container, a verifier or this program fails."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import docker
+import pytest
+from base_image import NAME, make_base_image
+from test_sandbox import (  # noqa: F401, tests that hold for every backend
+    COMMANDS,
+    LIMITS,
+    make_task,
+    terminal,
+    test_background_service_is_reachable_later,
+    test_bad_file_name,
+    test_command_that_cannot_be_passed_on,
+    test_endless_output_ends_and_leaves_nothing_behind,
+    test_files_and_tools,
+    test_fork_bomb,
+    test_fresh_bash_but_files_stay,
+    test_interrupt_never_reaches_the_next_command,
+    test_long_command,
+    test_long_output_is_cut,
+    test_no_verdict_is_no_reward,
+    test_stuck_command_times_out,
+    test_syntax_error_or_open_end_is_an_output,
+    test_timeout_kills_what_the_command_started_and_nothing_else,
+    test_verdict_after_success,
+    test_verdict_is_the_verifiers,
+)
+
+from echo_min import engine
+from echo_min.config import Config
+from echo_min.harbor import harbor_task, harbor_tasks
+from echo_min.rollout import Episode, Script, StopReason, rollout
+from echo_min.sandbox import TerminalDied, open_terminal
+from echo_min.tasks import Environment
+from eval import scripted
+
+REPO = Path(__file__).parent.parent
+EXAMPLES = REPO / "examples/tasks"
+CONFIG = Config(backend="docker", context=4000, max_action_tokens=100, output_chars=500, terminals=4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def base_image():
+    """The engine that answers, with an image to build on. Without one: a failure in CI, else a skip."""
+    try:
+        client = docker.from_env().api
+        client.ping()
+    except docker.errors.DockerException as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"no Docker engine answers: {error}")
+    if not client.images(NAME):
+        make_base_image()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "BASE", NAME)
+        patch.setenv("ECHO_MIN_BASE_IMAGE", NAME)  # of the programs that tests start
+        yield
+
+
+@pytest.fixture
+def open_here():
+    return partial(open_terminal, backend="docker")
+
+
+def containers(**filters):
+    return docker.from_env().api.containers(all=True, filters={"label": engine.LABEL, **filters})
+
+
+def wait_until(holds, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return holds()
+
+
+def harbor(folder, test="echo 1 > /logs/verifier/reward.txt", settings="", **limits):
+    """A task whose image is the base image itself; its agent is root."""
+    (folder / "tests").mkdir(parents=True, exist_ok=True)
+    (folder / "tests/test.sh").write_text(test)
+    (folder / "instruction.md").write_text("do it")
+    (folder / "task.toml").write_text(f'version = "1.0"\n[environment]\ndocker_image = "{NAME}"\n{settings}')
+    task = harbor_task(folder)
+    return replace(task, limits=replace(task.limits, **{"command_seconds": 5.0, **limits}))
+
+
+SHARED = "root", "memory", "namespaces", "mounts", "network", "interfaces", "host processes"
+
+
+def test_commands_and_limits(terminal):  # noqa: F811
+    """The sandbox's tables in one container, as to start one takes a while."""
+    for command, text, code in COMMANDS.values():
+        output = terminal.run(command)
+        assert (output.text, output.exit_code, output.timed_out) == (text, code, False), command
+    for name in SHARED:
+        command, expected = LIMITS[name]
+        assert terminal.run(command).text.splitlines()[-1] == expected, name
+
+
+def test_a_container_is_confined(open_here, tmp_path):
+    with open_here(harbor(tmp_path, settings="cpus = 0.5\nmemory_mb = 300")) as terminal:  # noqa: F811
+        settings = docker.from_env().api.inspect_container(terminal._id)
+        host = settings["HostConfig"]
+        assert (host["Privileged"], host["NetworkMode"], host["Binds"], settings["Mounts"]) == (
+            False, "none", None, [],
+        )  # fmt: skip
+        assert host["Memory"] == host["MemorySwap"] == 300 * 2**20 and host["NanoCpus"] == 5 * 10**8
+        assert host["PidsLimit"] and "no-new-privileges:true" in host["SecurityOpt"]
+        assert settings["Config"]["Labels"][engine.LABEL] == engine.this_run()
+        looks = f"""id -u; grep NoNewPrivs /proc/self/status
+            ls -d {REPO} /var/run/docker.sock /dev/sda /dev/vda
+            mount -t tmpfs none /tmp; echo 1 > /proc/sys/kernel/panic; mknod /dev/x b 254 0 && cat /dev/x
+            echo > /dev/tcp/1.1.1.1/53; chroot /proc/1/root true && dmesg | head -n 1"""
+        text = terminal.run(looks).text
+        assert text.startswith("0\nNoNewPrivs:\t1\n") and text.count("No such file") == 4, text
+        for refused in ("permission denied", "Read-only", "Operation not permitted", "unreachable"):
+            assert refused in text, text
+
+
+def test_episodes_see_nothing_of_each_other(open_here, tmp_path):
+    with open_here(harbor(tmp_path)) as one, open_here(harbor(tmp_path)) as other:
+        one.run("echo secret | tee /tmp/secret /dev/shm/secret /secret; sleep 1234 & echo > /dev/tcp/::1/80")
+        look = "ls /tmp /dev/shm /; ps -e -o args; cat /tmp/secret /secret; hostname"
+        seen = other.run(look).text
+        assert "secret\n" not in seen.replace("'/tmp/secret'", "") and "1234" not in seen
+
+
+def test_a_network_takes_the_task_and_the_flag(tmp_path):
+    asks, offline = tmp_path / "asks", tmp_path / "offline"
+    harbor(asks, settings="allow_internet = true")
+    harbor(offline, settings='network_mode = "no-network"')
+    assert [harbor_task(f, True).environment.network for f in (asks, offline)] == [True, False]
+    assert not harbor_task(asks).environment.network
+    with open_terminal(harbor_task(asks, True), "docker") as terminal:  # noqa: F811
+        assert "eth0" in terminal.run("ls /sys/class/net").text
+        address = terminal.run("hostname -I").text.strip()
+        terminal.run("python3 -m http.server 8000 >/dev/null 2>&1 & sleep 1")
+        with open_terminal(harbor_task(asks, True), "docker") as neighbour:
+            reached = neighbour.run(f"echo > /dev/tcp/{address}/8000 && echo reached", timeout=2)
+            assert "reached" not in reached.text
+
+
+def test_memory_and_processes_end_within_their_limits(open_here, tmp_path):
+    task = harbor(tmp_path, settings="memory_mb = 128", processes=200)
+    with open_here(task) as terminal:  # noqa: F811
+        eaten = terminal.run("head -c 1G /dev/zero | tail")
+        assert eaten.exit_code != 0 and not eaten.timed_out
+        terminal.run("bomb() { bomb | bomb & }; bomb; sleep 60", timeout=1)
+        outputs = [terminal.run("echo next").text for _ in range(3)]
+        assert outputs[-1] == "next\n"
+        assert terminal.verify() == 1.0
+
+
+def test_a_full_disk_ends_the_episode(open_here, tmp_path):
+    with open_here(harbor(tmp_path, work_mb=64)) as terminal:  # noqa: F811
+        started = time.monotonic()
+        with pytest.raises(TerminalDied, match="more than 64 MiB"):
+            terminal.run("while head -c 20M /dev/zero >> big; do sleep 0.2; done", timeout=60)
+        assert time.monotonic() - started < 20
+
+
+def test_ended_from_outside_is_an_error_of_the_infrastructure(tokenizer, open_here, tmp_path):
+    terminal = open_here(make_task())  # noqa: F811
+    docker.from_env().api.remove_container(terminal._id, force=True)
+    with pytest.raises(TerminalDied):
+        terminal.run("echo")
+    with pytest.raises(TerminalDied, match="closed"):
+        terminal.run("echo")
+
+    task, before = harbor(tmp_path), {c["Id"] for c in containers()}
+
+    def remove_soon():
+        wait_until(lambda: any(c["Id"] not in before for c in containers(status="running")))
+        for container in containers():
+            if container["Id"] not in before:
+                docker.from_env().api.remove_container(container["Id"], force=True)
+
+    thread = threading.Thread(target=remove_soon)
+    thread.start()
+    (episode,) = rollout(Script(tokenizer, [["sleep 30"]]), tokenizer, [Episode(task, 0)], CONFIG)
+    thread.join()
+    assert (episode.stop, episode.valid) == (StopReason.INFRA_ERROR, False)
+    assert episode.reward != episode.reward
+
+
+REWARDS = {
+    "a number": ("echo 0.5 > $F.txt", 0.5),
+    "one": ("printf 1 > $F.txt; exit 1", 1.0),  # the file counts, not the exit code
+    "json": ("""echo '{"reward": 1, "style": 0}' > $F.json; echo 0 > $F.txt""", 1.0),
+    "json with another name": ("""echo '{"score": 0.25}' > $F.json""", 0.25),
+    "none": (":", "left no reward"),
+    "empty": (": > $F.txt", "malformed reward.txt, ''"),
+    "words": ("echo passed > $F.txt", "malformed reward.txt"),
+    "nan": ("echo nan > $F.txt", "malformed"),
+    "malformed json beside a number": ("echo '{' > $F.json; echo 1 > $F.txt", "malformed reward.json"),
+    "json without a reward": ("""echo '{"a": 1, "b": 1}' > $F.json""", "malformed"),
+    "json of a huge number": ("""echo '{"reward": 1'$(printf %0400d)'}' > $F.json""", "malformed"),
+    "json of a text": ("""echo '{"reward": "1"}' > $F.json""", "malformed"),
+    "a folder": ("mkdir $F.txt", "malformed"),
+    "a link": ("echo 1 > /tmp/x; ln -s /tmp/x $F.txt", "malformed"),
+    "large": ("head -c 100000 /dev/zero | tr '\\0' 1 > $F.txt", "malformed"),
+    "late": ("sleep 60", "limited to 2 s"),
+    "dies": ("kill -9 $$", "left no reward"),
+}
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_reward_file(open_here, tmp_path, name):
+    script, expected = REWARDS[name]
+    task = harbor(tmp_path, f"F=/logs/verifier/reward; {script}", verifier_seconds=2.0)
+    with open_here(task) as terminal:  # noqa: F811
+        # what an agent leaves where the verdict belongs does not count
+        terminal.run("mkdir -p /logs/verifier; echo 1 | tee /logs/verifier/reward.{txt,json}")
+        if isinstance(expected, float):
+            assert terminal.verify() == expected
+        else:
+            with pytest.raises(TerminalDied, match=expected):
+                terminal.verify()
+
+
+def test_the_verifier_gets_its_files_environment_and_folder(open_here, tmp_path):
+    test = """[[ $PWD == /srv && $A == b && $E == f && ! $LC_ALL && -x /tests/deep/run &&
+        $(sha256sum < /tests/data) == $(printf '\\000\\377\\n' | sha256sum) && -e done ]] || exit
+        echo 1 > /logs/verifier/reward.txt"""
+    settings = 'workdir = "/srv"\nenv = {E = "f"}\n[verifier]\nenv = {A = "b"}'
+    task = harbor(tmp_path, test, settings)
+    (tmp_path / "tests/data").write_bytes(b"\0\xff\n")
+    (tmp_path / "tests/deep").mkdir()
+    (tmp_path / "tests/deep/run").touch(0o755)
+    with open_here(task) as terminal:  # noqa: F811
+        assert terminal.run("ls -d /tests /solution; echo $E$A").text.splitlines()[-1] == "f"
+        terminal.run("touch done; ln -s /etc /tests; mkdir -p /logs; ln -s /etc /logs/verifier")
+        assert terminal.verify() == 1.0
+
+
+def test_an_agent_out_of_time_is_graded(tokenizer, tmp_path):
+    task = harbor(tmp_path, agent_seconds=0.3)
+    (episode,) = rollout(Script(tokenizer, [["sleep 0.5", "true"]]), tokenizer, [Episode(task, 0)], CONFIG)
+    assert (episode.stop, episode.reward, episode.valid) == (StopReason.AGENT_TIMEOUT, 1.0, False)
+
+
+@pytest.mark.parametrize("agent, reward", [("oracle", 1.0), ("noop", 0.0)])
+def test_sample_tasks(agent, reward):
+    tasks = harbor_tasks(EXAMPLES)
+    assert len(tasks) >= 8
+    with ThreadPoolExecutor(4) as pool:
+        ended = list(pool.map(lambda task: scripted(agent, task, "docker"), tasks))
+    assert [(e.task.name, e.reward) for e, _ in ended] == [(t.name, reward) for t in tasks], ended
+
+
+CHEATS = {
+    "broken-build": "mkdir build; wc -w chapters/* > build/index.txt",
+    "broken-pipeline": "echo 'printf \"9 wind\\n5 the\\n2 and\\n\"' > top.sh",
+    "failing-test": "echo > test_intervals.py",
+    "parse-log": "awk '{print $1, $10}' access.log > answer.txt",
+    "permissions": "chmod -R 750 site",
+    "python-traceback": "echo 'print(\"Adams 2.00\\nWeber 12.75\\nskipped 5\")' > totals.py",
+    "recover-from-git": "echo > notes.txt",
+    "start-service": "cp -r public www; sed -i 's/no/yes/' server.conf; python3 server.py & sleep 0.5",
+}
+
+
+def test_sample_tasks_are_not_passed_by_cheating():
+    def cheat(task):
+        with open_terminal(task, "docker") as terminal:  # noqa: F811
+            terminal.run(f"{CHEATS[task.name]}; mkdir -p /logs/verifier /tests; echo exit > /tests/test.sh")
+            terminal.run("echo 1 | tee /logs/verifier/reward.{txt,json}")
+            return terminal.verify()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(cheat, harbor_tasks(EXAMPLES))) == [0.0] * len(CHEATS)
+
+
+def test_an_image_is_made_once(tmp_path, capfd):
+    (tmp_path / "environment").mkdir()
+    marker = f"{time.monotonic_ns()}"
+    dockerfile = tmp_path / "environment/Dockerfile"
+    dockerfile.write_text(f"# new\nARG BASE\nFROM $BASE\nRUN echo {marker} > /made\n")
+    task = replace(harbor(tmp_path), environment=Environment(tmp_path))
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(lambda _: open_terminal(task, "docker"), range(4)))
+    assert [t.run("cat /made").text for t in opened] == [f"{marker}\n"] * 4
+    for one in opened:
+        one.close()
+    assert capfd.readouterr().err.count("building") == 2  # begun and done
+    dockerfile.write_text("ARG BASE\nFROM $BASE\nRUN echo oh no; exit 3\n")
+    with pytest.raises(TerminalDied, match=r"no image .*returned a non-zero code: 3.* oh no"):
+        open_terminal(task, "docker")
+
+
+def test_an_image_without_bash_or_registry_is_named(tmp_path):
+    task = harbor(tmp_path)
+    task = replace(task, environment=replace(task.environment, image="127.0.0.1:1/none:1"))
+    with pytest.raises(TerminalDied, match=r"task .*: no image 127\.0\.0\.1:1/none:1"):
+        open_terminal(task, "docker")
+
+
+CHILD = """
+import sys, threading, time
+from echo_min.sandbox import open_terminal
+from echo_min.tasks import Task
+idle, busy = (open_terminal(Task("t", "", "true", ""), "docker") for _ in range(2))
+threading.Thread(target=lambda: busy.run("sleep 600", 600)).start()
+time.sleep(0.2)
+print("at work", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_run_leaves_no_container():
+    child = subprocess.Popen([sys.executable, "-c", CHILD], cwd=REPO, stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"at work\n"
+
+    def its():
+        return [c for c in containers() if c["Labels"][engine.LABEL].split()[1] == str(child.pid)]
+
+    assert len(its()) == 2
+    client, mine = engine.connect(), open_terminal(make_task(), "docker")
+    engine._sweep(client)
+    assert len(its()) == 2  # of a run that lives
+    child.kill()
+    child.wait()
+    assert wait_until(lambda: len(its()) == 1)  # the idle one goes by itself, as its connection ends
+    engine._sweep(client)
+    assert wait_until(lambda: not its())
+    assert mine.run("echo on").text == "on\n"
+    mine.close()
+
+
+@pytest.mark.parametrize("command", [None, "trap '' TERM HUP INT URG; setsid sleep 60 & sleep 60"])
+def test_a_container_ends_by_its_own_clock(monkeypatch, command):
+    monkeypatch.setattr(engine, "LIFE_SECONDS", 2)
+    terminal = open_terminal(make_task(), "docker")  # noqa: F811
+    id = terminal._id
+    if command:
+        with pytest.raises(TerminalDied):
+            terminal.run(command, timeout=15)
+    assert wait_until(lambda: not containers(id=id))
+    terminal.close()
+
+
+class EngineSocket:
+    """A socket that leads to the engine, until it is stopped: connections break, nobody listens."""
+
+    def __init__(self, folder):
+        where = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+        if not where.startswith("unix://"):
+            pytest.skip("the engine is not on a socket file")
+        self.path, self.engine, self.open = str(folder / "engine"), where.removeprefix("unix://"), []
+
+    def start(self):
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(self.path)
+        self.listener.listen(64)
+        threading.Thread(target=self.accept, args=(self.listener,), daemon=True).start()
+
+    def stop(self):
+        os.unlink(self.path)
+        for connection in (self.listener, *self.open):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+        self.open = []
+
+    def accept(self, listener):
+        with contextlib.suppress(OSError):
+            while True:
+                near, far = listener.accept()[0], socket.socket(socket.AF_UNIX)
+                far.connect(self.engine)
+                self.open += [near, far]
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self.pump, args=pair, daemon=True).start()
+
+    def pump(self, source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def engine_socket(tmp_path, monkeypatch):
+    """The program under test reaches the engine through this one."""
+    one = EngineSocket(tmp_path)
+    one.start()
+    client = docker.APIClient(base_url=f"unix://{one.path}", version="auto", timeout=10)
+    monkeypatch.setattr(engine, "connect", lambda: client)
+    yield one
+    with contextlib.suppress(OSError):
+        one.stop()
+
+
+def test_an_engine_that_goes_away_and_comes_back(tokenizer, engine_socket):
+    terminal = open_terminal(make_task(), "docker")  # noqa: F811
+    assert terminal.run("echo hi").text == "hi\n"
+    threading.Timer(0.5, engine_socket.stop).start()
+    with pytest.raises(TerminalDied, match="connection"):
+        terminal.run("sleep 30", timeout=30)
+    (episode,) = rollout(Script(tokenizer, [["true"]]), tokenizer, [Episode(make_task(), 0)], CONFIG)
+    assert episode.stop is StopReason.INFRA_ERROR
+    engine_socket.start()
+    (episode,) = rollout(Script(tokenizer, [["touch done"]]), tokenizer, [Episode(make_task(), 0)], CONFIG)
+    assert (episode.stop, episode.reward) == (StopReason.DONE, 1.0)
+
+
+def test_no_engine_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
+    engine.connect.cache_clear()
+    with pytest.raises(engine.EngineUnavailable, match=r"unix:///nowhere/docker\.sock.*set DOCKER_HOST"):
+        open_terminal(make_task(), "docker")
+
+
+def test_many_at_once():
+    with ThreadPoolExecutor(16) as pool:
+        opened = list(pool.map(lambda _: open_terminal(make_task(), "docker"), range(16)))
+        commands = [f"echo {i} > file; cat file; exit {i}" for i in range(16)]
+        outputs = list(pool.map(lambda one, command: one.run(command), opened, commands))
+        assert [(o.text, o.exit_code) for o in outputs] == [(f"{i}\n", i) for i in range(16)]
+        list(pool.map(lambda one: one.run("touch done"), opened[::2]))
+        assert list(pool.map(lambda one: one.verify(), opened)) == [1.0, 0.0] * 8
+        ids = {one._id for one in opened}
+        list(pool.map(lambda one: one.close(), opened))
+    assert not ids & {c["Id"] for c in containers()}

@@ -1,0 +1,180 @@
+"""Task folders in Harbor's format: what is read, what is refused, and how eval.py plays a set of them."""
+
+import random
+import string
+
+import pytest
+
+from echo_min.harbor import harbor_task, harbor_tasks
+from echo_min.worlds import load_tasks
+
+TB2 = '''# canary
+version = "1.0"
+
+[metadata]
+author_name = "someone"
+difficulty = "easy"
+tags = ["a", "b"]
+
+[verifier]
+timeout_sec = 900.0
+
+[agent]
+timeout_sec = 900.0
+
+[environment]
+build_timeout_sec = 600.0
+docker_image = "someone/image:20250101"
+cpus = 1
+memory = "2G"
+storage = "10G"
+'''
+NEWER = '''schema_version = "1.2"
+artifacts = ["/app/out"]
+
+[task]
+name = "org/task"
+
+[verifier]
+timeout_sec = 60
+env = { MODE = "strict" }
+
+[environment]
+cpus = 2
+memory_mb = 4096
+storage_mb = 512
+gpus = 0
+network_mode = "public"
+workdir = "/srv"
+mcp_servers = []
+
+[environment.env]
+A = "1"
+'''
+
+
+def write(folder, toml, **files):
+    """A task folder; files: "instruction_md" and so on, None to leave one out."""
+    content = {
+        "instruction.md": "# Do it\n", "tests/test.sh": "exit", "environment/Dockerfile": "FROM x",
+        "solution/solve.sh": "true", "task.toml": toml,
+    } | files  # fmt: skip
+    for name, text in content.items():
+        if text is not None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+def test_terminal_bench_2(tmp_path):
+    task = harbor_task(write(tmp_path / "some-task", TB2), allow_network=True)
+    limits, environment = task.limits, task.environment
+    assert (task.name, task.instruction) == ("some-task", "# Do it\n")
+    assert (limits.agent_seconds, limits.verifier_seconds, limits.command_seconds) == (900, 900, 120)
+    assert (limits.memory_mb, limits.work_mb) == (2048, 10240)
+    assert (environment.image, environment.cpus, environment.network) == ("someone/image:20250101", 1, True)
+    assert not harbor_task(tmp_path / "some-task").environment.network
+
+
+def test_newer_schema(tmp_path):
+    task = harbor_task(write(tmp_path, NEWER), allow_network=True)
+    limits, environment = task.limits, task.environment
+    assert (limits.memory_mb, limits.work_mb, limits.agent_seconds) == (4096, 512, float("inf"))
+    assert (environment.workdir, environment.env, environment.network) == ("/srv", {"A": "1"}, True)
+    assert (environment.cpus, environment.verifier_env, environment.image) == (2, {"MODE": "strict"}, "")
+    offline = NEWER.replace("public", "no-network") + "\n"
+    assert not harbor_task(write(tmp_path, offline), allow_network=True).environment.network
+
+
+def test_an_empty_task_toml_is_all_defaults(tmp_path):
+    task = harbor_task(write(tmp_path, "", **{"solution/solve.sh": None}))
+    assert (task.limits.verifier_seconds, task.environment.build_seconds, task.solution) == (600, 600, "")
+
+
+@pytest.mark.parametrize("layout", ["", "tasks/", "1a2b/"])
+def test_layouts(tmp_path, layout):
+    for name in "b", "a":
+        write(tmp_path / layout / name, TB2)
+    assert [task.name for task in harbor_tasks(tmp_path)] == ["a", "b"]
+
+
+def test_a_world_of_tasks(tmp_path):
+    for i in range(7):
+        write(tmp_path / f"task-{i}", TB2)
+    world = load_tasks(str(tmp_path))
+    assert [t.name for t in world.held_out] == ["task-0", "task-5"] and len(world.train) == 5
+    task, commands = world.weak(random.Random(0))
+    assert task in world.train and commands[-1] == "done"
+
+
+REFUSED = {
+    "no toml": ("version = ", {}, "task.toml: "),
+    "not utf-8": (b"\xff", {}, "task.toml: "),
+    "version": ('version = "2.0"', {}, "task.toml: version: '2.0' is not 1.0, 1.1 or 1.2"),
+    "steps": ("[[steps]]\nname = 'a'", {}, r"task.toml: \[\[steps\]\]"),
+    "table": ("agent = 3", {}, "task.toml: agent: expected a table"),
+    "timeout": ("[agent]\ntimeout_sec = -1", {}, r"\[agent\] timeout_sec: expected a number above 0, got -1"),
+    "boolean": ("[environment]\ncpus = true", {}, r"\[environment\] cpus: expected a number"),
+    "nan": ("[verifier]\ntimeout_sec = nan", {}, r"\[verifier\] timeout_sec: .*got nan"),
+    "memory": ('[environment]\nmemory = "lots"', {}, r"\[environment\] memory: expected a size"),
+    "network": ('[environment]\nnetwork_mode = "some"', {}, r'network_mode: expected "public"'),
+    "env": ("[environment]\nenv = {a = 1}", {}, r"\[environment\] env: expected a table of names and texts"),
+    "verifier elsewhere": ('[verifier]\nenvironment_mode = "separate"', {}, "environment_mode: only"),
+    "gpus": ("[environment]\ngpus = 1", {}, "gpus: containers get no GPU"),
+    "instruction": ("", {"instruction.md": None}, "instruction.md: missing"),
+    "instruction not utf-8": ("", {"instruction.md": b"\xff"}, "instruction.md: 'utf-8'"),
+    "verifier": ("", {"tests/test.sh": None}, "tests/test.sh: missing"),
+    "image": ("", {"environment/Dockerfile": None}, "environment/Dockerfile: missing"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_names_file_and_key(tmp_path, name):
+    toml, files, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        harbor_task(write(tmp_path, toml, **files))
+
+
+def test_sets_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match=r"no task\.toml"):
+        harbor_tasks(tmp_path)
+    for folder in "x/a", "y/a":
+        write(tmp_path / folder, TB2)
+    with pytest.raises(ValueError, match="more than one task is called a"):
+        harbor_tasks(tmp_path)
+
+
+def test_fuzzed_task_files_are_accepted_or_refused_clearly(tmp_path):
+    rng = random.Random(0)
+    values = """-1 0 1 1e300 -inf nan true false "" "2G" "2GB" "1.5T" "-3M" "\\u0000" "public" [] [1] {}
+        {a="b"} {a=1} 1979-05-27 0x10 "nul\\u0007" 10000000000000000000000 "G" "99999999999G" """.split()
+    keys = """version schema_version timeout_sec build_timeout_sec docker_image cpus memory memory_mb storage
+        storage_mb gpus allow_internet network_mode workdir env steps other""".split()
+    folder, outcomes = write(tmp_path, ""), {True: 0, False: 0}
+    for _ in range(1000):
+        lines = (TB2 if rng.random() < 0.5 else NEWER).splitlines()
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(len(lines))
+            kind = rng.random()
+            if kind < 0.5:
+                lines[at] = f"{rng.choice(keys)} = {rng.choice(values)}"
+            elif kind < 0.7:
+                names = "agent", "environment", "verifier", "x", "[steps]", "a.b"
+                lines.insert(at, f"[{rng.choice(names)}]")
+            elif kind < 0.8:
+                lines.pop(at)
+            else:
+                where = rng.randrange(len(lines[at]) + 1)
+                lines[at] = lines[at][:where] + rng.choice(string.printable + "\0é") + lines[at][where:]
+            lines = lines or [""]
+        (folder / "task.toml").write_text("\n".join(lines))
+        try:
+            task = harbor_task(folder)
+            assert 0 < task.limits.memory_mb <= 1e9 and 0 < task.limits.verifier_seconds < 1e10
+            assert task.environment.cpus > 0 and task.limits.agent_seconds > 0
+            outcomes[True] += 1
+        except ValueError as error:
+            said = str(error)
+            assert said.startswith(str(folder / "task.toml")) and len(said) < 500 and said.isprintable(), said
+            outcomes[False] += 1
+    assert min(outcomes.values()) > 100, outcomes

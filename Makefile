@@ -49,7 +49,7 @@ bench-docker: .venv/ready
 FIGURES := learning_curves lambda_sweep verifier_free
 .PHONY: figures reproduce reproduce-quick
 figures: .venv/ready
-	for name in $(FIGURES) held_out_ce surprise; do $(PY) figures/$$name.py || exit 1; done
+	for name in $(FIGURES) held_out_ce surprise; do $(PY) figures/$$name.py || echo "$$name: not drawn"; done
 
 reproduce: .venv/ready
 	for name in $(FIGURES); do $(PY) figures/$$name.py --run || exit 1; done

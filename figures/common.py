@@ -198,9 +198,10 @@ def by_seed(lines: list[dict], key: str, **wanted) -> dict[int, float]:
 
 
 def interval(values: list[float]) -> str:
-    """mean ± half-width of the 95 % interval"""
-    mean, half = report.mean_interval(values) if values else (float("nan"), float("nan"))
-    return f"{mean:.3f} ± {half:.3f}"
+    """mean ± half-width of the 95 % interval; one seed has none."""
+    if len(values) < 2:
+        return f"{values[0]:.3f} (one seed)" if values else "–"
+    return "{:.3f} ± {:.3f}".format(*report.mean_interval(values))
 
 
 def paired(a: dict[int, float], b: dict[int, float]) -> list[float]:

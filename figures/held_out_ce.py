@@ -29,7 +29,7 @@ def relative(lines: list[dict], scene: str, arm: str) -> list[float]:
 def main() -> None:
     lines = common.load(learning_curves.EXPERIMENT, learning_curves.jobs())
     scenes = [scene for scene in SCENES if of(lines, scene, "grpo")]
-    fig, axes = plt.subplots(1, len(scenes), figsize=(4 * len(scenes), 4.2), squeeze=False, sharey=True)
+    fig, axes = plt.subplots(1, len(scenes), figsize=(5.5 * len(scenes), 4.2), squeeze=False, sharey=True)
     print("observation CE on the expert's trajectories after training / the base's, ± 95 % interval\n")
     print("| | " + " | ".join(SCENES[scene][4] for scene in scenes) + " |")
     print("|---" * (len(scenes) + 1) + "|")
@@ -44,7 +44,8 @@ def main() -> None:
                 continue
             mean, half = common.report.mean_interval(values)
             ax.bar(x, mean, yerr=half if len(values) > 1 else None, color=common.COLOURS[arm], capsize=3)
-            ax.annotate(f"{100 * (mean - 1):+.0f} %", (x, mean), ha="center", va="bottom", fontsize=8)
+            top = min(mean + (half if len(values) > 1 else 0), 2.35)
+            ax.annotate(f"{100 * (mean - 1):+.0f} %", (x, top + 0.03), ha="center", fontsize=8)
             if arm in PAPER:
                 low, high = PAPER[arm]
                 ax.fill_between([x - 0.45, x + 0.45], low, high, color="black", alpha=0.25, lw=0)

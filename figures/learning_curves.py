@@ -116,7 +116,7 @@ def draw(lines: list[dict]) -> None:
         ("pass_rate", EXPERIMENT, "pass rate, held-out tasks"),
         ("pass_rate_greedy", f"{EXPERIMENT}_greedy", "greedy pass rate, held-out tasks"),
     ):
-        fig, axes = plt.subplots(1, len(scenes), figsize=(4.2 * len(scenes), 3.9), squeeze=False, sharey=True)
+        fig, axes = plt.subplots(1, len(scenes), figsize=(5 * len(scenes), 4.6), squeeze=False, sharey=True)
         for ax, scene in zip(axes[0], scenes, strict=True):
             for arm in LABELS:
                 colour = common.COLOURS.get(arm) or common.COLOURS[arm.removesuffix(" 0.05")]
@@ -127,8 +127,8 @@ def draw(lines: list[dict]) -> None:
             common.style(ax, xlabel="step", ylabel=label, ylim=(0, 1.02))
             ax.set_title(title, fontsize=10)
         handles = axes[0][0].get_legend_handles_labels()
-        fig.legend(*handles, loc="lower center", ncols=4, frameon=False, fontsize=9)
-        fig.tight_layout(rect=(0, 0.14, 1, 1))
+        fig.legend(*handles, loc="lower center", ncols=2 + (len(scenes) > 1), frameon=False, fontsize=9)
+        fig.tight_layout(rect=(0, 0.2, 1, 1))
         common.save(fig, name)
     for scene in scenes:
         table(lines, scene)

@@ -88,20 +88,18 @@ def draw(lines: list[dict]) -> None:
 
 
 def table(lines: list[dict]) -> None:
-    print("| verbs | | pass rate before | after | change | change, greedy | trained verbs: before | after |")
-    print("|---" * 8 + "|")
+    print("| verbs | | before | step 20 | last | change at 20 | at the end | trained verbs: before | last |")
+    print("|---" * 9 + "|")
     for family in FAMILIES:
         for name, (*_, label) in ARMS.items():
             mine = [line for line in lines if line["key"].startswith(f"{family}/{name}/")]
             if not mine:
                 continue
-            ends = {
-                key: [common.by_seed(mine, key, step=step) for step in (0, STEPS)]
-                for key in ("pass_rate", "pass_rate_greedy", "pass_rate_trained")
-            }
-            cells = [list(end.values()) for end in ends["pass_rate"]]
-            cells += [common.paired(*ends["pass_rate"]), common.paired(*ends["pass_rate_greedy"])]
-            cells += [list(end.values()) for end in ends["pass_rate_trained"]]
+            first, early, last = (common.by_seed(mine, "pass_rate", step=step) for step in (0, 20, STEPS))
+            cells = [list(rates.values()) for rates in (first, early, last)]
+            cells += [common.paired(first, early), common.paired(first, last)]
+            for step in (0, STEPS):
+                cells.append(list(common.by_seed(mine, "pass_rate_trained", step=step).values()))
             print(f"| {family} | {label} | " + " | ".join(map(common.interval, cells)) + " |")
 
 

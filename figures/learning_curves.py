@@ -176,6 +176,12 @@ def table(lines: list[dict], scene: str) -> None:
         texts = [common.interval(cell) for cell in cells]
         texts[9] += reached
         print(f"| {LABELS[arm]} | " + " | ".join(texts) + " |")
+    for echo in ("echo", "echo 0.05"):
+        for control in LABELS:
+            same_lambda = control.endswith("0.05") == echo.endswith("0.05")
+            pair = [area(of(lines, scene, arm), "pass_rate") for arm in (control, echo)]
+            if control not in MAIN and same_lambda and (differences := common.paired(*pair)):
+                print(f"\n{LABELS[echo]} minus {LABELS[control]}, paired: {common.interval(differences)}")
     floors = [line["observation_ce"] for line in of(lines, scene, "floor")]
     bases = [line["observation_ce"] for line in grpo if line["step"] == 0]
     print(f"\nobservation CE: base {common.interval(bases)}, supervised floor {common.interval(floors)}")

@@ -49,10 +49,11 @@ def file_world() -> World:
     tasks = {task.name: task for task, *_ in (draw(rng) for _ in range(900))}
 
     def weak(rng: random.Random) -> tuple[Task, list[str]]:
-        """Looks, mostly in the right way, then takes any file at all."""
-        task, kind, word, _ = draw(rng)
+        """Looks, mostly in the right way, then takes the right file or, as often, any file at all."""
+        task, kind, word, found = draw(rng)
         look = rng.choice([f"grep -l {word} *", f"grep -l {word} *", f"cat {rng.choice(FILES)}"])
-        return task, [look, COMMANDS[kind].format(file=rng.choice(FILES)), "done"]
+        file = rng.choice([found, rng.choice(FILES)]) if look.startswith("grep") else rng.choice(FILES)
+        return task, [look, COMMANDS[kind].format(file=file), "done"]
 
     def expert(task: Task, rng: random.Random) -> list[str]:
         kind, word = task.instruction.split()

@@ -19,8 +19,9 @@ while IFS= read -r -d '' command; do
     list=(/proc/[0-9]*) late=
     before=" ${list[*]} "
     { ulimit $limits && exec -a bash /bin/bash -c -- "$command"; } </dev/null >&3 2>&3 3>&- &
-    # bash may also return from `wait` for a signal that came just after the last one
-    while wait -f $!; code=$?; [[ ! $late ]] && kill -0 $!; do :; done
+    # `wait` also returns when the command stops itself, or for a signal that came just after the last one; only
+    # then -f: with it, bash 5.2 now and then misses the end of a short command and waits on for ever
+    force=; while wait $force $!; code=$?; [[ ! $late ]] && kill -0 $!; do force=-f; done
     if [[ $late ]]; then reap; fi
     list=(/proc/[0-9]*)  # so many that the next command would have no room? then none may stay
     if ((${#list[@]} > processes / 2 + 1)); then before=' /proc/1 ' && reap; fi

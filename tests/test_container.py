@@ -16,6 +16,8 @@ from pathlib import Path
 import docker
 import pytest
 from base_image import NAME, make_base_image
+from hostile import ANY, ROWS
+from test_hostile import host, survive  # noqa: F401
 from test_sandbox import (  # noqa: F401, tests that hold for every backend
     COMMANDS,
     LIMITS,
@@ -305,6 +307,16 @@ def test_an_image_without_bash_or_registry_is_named(tmp_path):
     task = replace(task, environment=replace(task.environment, image="127.0.0.1:1/none:1"))
     with pytest.raises(TerminalDied, match=r"task .*: no image 127\.0\.0\.1:1/none:1"):
         open_terminal(task, "docker")
+
+
+ON_DISK = "full work folder", "full /tmp", "sparse file"  # not refused here; see test_a_full_disk
+
+
+@pytest.mark.slow
+def test_hostile_commands(host):  # noqa: F811
+    rows = [(name, command, ANY if name in ON_DISK else must) for name, command, must in ROWS]
+    problems = [f"{row[0]}: {problem}" for row in rows if (problem := survive(host, row, "docker"))]
+    assert problems == []
 
 
 CHILD = """

@@ -50,14 +50,14 @@ class Host:
         return self.state() == self.before and not self.calls
 
 
-def survive(host, row):
+def survive(host, row, backend="sandbox"):
     """Run one row. -> what went wrong, "" if nothing did."""
     _, command, must = row
     port = str(host.server.getsockname()[1])
     command = command.replace("{port}", port).replace("{secret}", str(host.secret))
     problems = []
-    with open_terminal(TASK) as terminal:
-        top = terminal._box.process.pid
+    with open_terminal(TASK, backend) as terminal:
+        top = terminal._box.process.pid if backend == "sandbox" else terminal._id
         started = time.monotonic()
         try:
             output = terminal.run(command)
@@ -77,13 +77,23 @@ def survive(host, row):
                 problems.append("it was rewarded")
         except TerminalDied:
             pass
-    if left := [p for p in descendants(top) if p != top]:
-        names = [Path(f"/proc/{p}/cmdline").read_bytes()[:80] for p in left if Path(f"/proc/{p}").exists()]
-        if len(names) > 1:  # the kept box's own supervisor may stay
-            problems.append(f"left running: {names}")
+    if backend == "docker":
+        left = [p for p in Path("/proc").glob("[0-9]*") if top in read(p / "cgroup")]
+    else:
+        left = [Path(f"/proc/{p}") for p in descendants(top) if p != top]
+    names = [name for p in left if (name := read(p / "cmdline")[:80])]
+    if len(names) > (backend == "sandbox"):  # the kept box's own supervisor may stay
+        problems.append(f"left running: {names}")
     if not host.unharmed():
         problems.append("the host was changed or called")
     return "; ".join(problems)
+
+
+def read(path):
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def descendants(top):

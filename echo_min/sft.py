@@ -25,8 +25,9 @@ def record(tokenizer, scripts: list[tuple[Task, list[str]]], config: Config) -> 
             part = scripts[start : start + config.terminals]
             agent = Script(tokenizer, [commands for _, commands in part])
             episodes += rollout(agent, tokenizer, [Episode(task, 0) for task, _ in part], config)
-            if failed := [e for e in episodes if e.stop is StopReason.INFRA_ERROR]:
-                raise RunStopped(f"{len(failed)} of {len(episodes)} scripted episodes failed: {failed[0].error}")
+            if failed := [e for e in episodes[start:] if e.stop is StopReason.INFRA_ERROR]:
+                what = f"{len(failed)} of {len(part)} scripted episodes failed"
+                raise RunStopped(f"{what}: {failed[0].error}")
             bar.update(len(part))
     return episodes
 

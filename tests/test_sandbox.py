@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -513,6 +514,27 @@ def test_many_at_once():
         assert list(pool.map(lambda terminal: terminal.verify(), terminals)) == [1.0, 0.0] * 32
         list(pool.map(lambda terminal: terminal.close(), terminals))
     print(f"64 sandboxes started in {started:.2f} s, done in {time.monotonic() - start:.2f} s")
+
+
+@pytest.mark.slow
+def test_the_end_of_a_short_command_is_never_missed():
+    """Relays as containers start them; one that waits with -f misses one in a few hundred."""
+    start = ["unshare", "-Urpf", "--kill-child", "--mount-proc", "bash", "-c", 'read -rd "" r; eval "$r"']
+    relay = b"exec 2>&1; mark=MARK processes=32 limits='-c 0'\n" + bubblewrap.RELAY.encode() + b"\0"
+
+    def first_command(_):
+        with subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            late = threading.Timer(5, process.kill)
+            late.start()
+            process.stdin.write(relay + b"exit 7\0")
+            process.stdin.flush()
+            lines = [process.stdout.readline(), process.stdout.readline()]
+            process.kill()
+            late.cancel()
+            return b"".join(lines)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(first_command, range(2000))) == {b"MARKready\nMARK7\n"}
 
 
 def test_speed():

@@ -1,5 +1,5 @@
-"""A sick environment under a training run: what fails is counted and in no loss; when most of it fails the run
-stops with the reason, and what is saved goes on as if nothing had been. Nothing hangs."""
+"""A sick environment under a training run: what fails is counted and in no loss; when most of it fails the
+run stops with the reason, and what is saved goes on as if nothing had been. Nothing hangs."""
 
 import os
 import signal

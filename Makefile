@@ -15,8 +15,8 @@ train: .venv/ready
 test: .venv/ready
 	$(PY) -m pytest
 
-test-all: .venv/ready
-	$(PY) -m pytest -m ''
+test-all: test
+	$(PY) -m pytest -m slow
 
 lint: .venv/ready
 	$(PY) -m ruff check .
@@ -34,15 +34,12 @@ bench: .venv/bench
 	$(PY) -m kernels.aot
 	OMP_NUM_THREADS=1 $(PY) -m kernels.bench --rounds 20
 	OMP_NUM_THREADS=1 $(PY) -m kernels.price
+	-$(PY) figures/docker_speed.py
 
 gpu: .venv/bench
 	CUDA_VISIBLE_DEVICES=0 $(PY) -m pytest tests/test_segment_logprob.py -m ''
 	$(PY) -m kernels.bench
 	$(PY) -m kernels.price --batch 16 --tokens 2048
-
-.PHONY: bench-docker
-bench-docker: .venv/ready
-	$(PY) figures/docker_speed.py
 
 # figures draws from the committed data; reproduce makes what is missing of it (hours), reproduce-quick tries every
 # kind of run at a toy size.

@@ -7,6 +7,17 @@ listens on loopback; {secret}: a file of the host that any user may read; the ho
 HOST_SECRET.
 """
 
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from pathlib import Path
+
+from echo_min.sandbox import TerminalDied, open_terminal
+from echo_min.tasks import Limits, Task
+
 TIMEOUT, ANY = "TIMEOUT", ""
 
 ROWS = [
@@ -109,3 +120,94 @@ ROWS = [
     ("terminal codes", "printf '\\033]0;evil\\007\\033[2J\\033c\\0\\377\\376'", ANY),
     ("a lone surrogate", "echo a\udce9b", r"a"),
 ]
+
+LIMITS = Limits(command_seconds=2, verifier_seconds=5, work_mb=4, memory_mb=128)
+TASK = Task("hostile", "", verify="test -f /work/never", solution="", limits=LIMITS)
+SLACK = {"sandbox": 1.0, "docker": 2.0}  # seconds beyond the limit; an engine's calls take their time
+
+
+class Host:
+    """What the commands reach for on the host, and whether it is as it was."""
+
+    def __init__(self, folder):
+        self.name = secrets.token_hex(4)
+        os.environ["HOST_SECRET"] = self.name
+        self.secret = Path(folder) / "secret"
+        self.secret.write_text(self.name)
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.calls = []
+        threading.Thread(target=self.listen, daemon=True).start()
+        self.before = self.state()
+
+    def listen(self):
+        while True:
+            self.calls.append(self.server.accept())
+
+    def state(self):
+        watched = [Path("/etc/passwd"), Path("/etc/hostname"), self.secret, Path("/usr/bin/env")]
+        looks = [(path.read_bytes(), path.stat().st_mtime) for path in watched if path.exists()]
+        names = [sorted(os.listdir(folder)) for folder in ("/", "/usr/bin", self.secret.parent)]
+        return looks, names, socket.gethostname()
+
+    def unharmed(self):
+        return self.state() == self.before and not self.calls
+
+
+def survive(host, row, backend="sandbox"):
+    """Run one row. -> what went wrong, "" if nothing did."""
+    _, command, must = row
+    port = str(host.server.getsockname()[1])
+    command = command.replace("{port}", port).replace("{secret}", str(host.secret))
+    problems = []
+    with open_terminal(TASK, backend) as terminal:
+        top = terminal._box.process.pid if backend == "sandbox" else terminal._id
+        started = time.monotonic()
+        try:
+            output = terminal.run(command)
+            if must == TIMEOUT and not output.timed_out:
+                problems.append(f"it ended: {output}")
+            elif must != TIMEOUT and not re.search(must, output.text):
+                problems.append(f"it printed {output.text[:300]!r}")
+            if host.name in output.text:
+                problems.append("it read a secret")
+        except TerminalDied:
+            pass
+        seconds = time.monotonic() - started
+        if seconds > LIMITS.command_seconds + SLACK[backend]:
+            problems.append(f"it took {seconds:.1f} s")
+        try:
+            if terminal.verify() != 0.0:
+                problems.append("it was rewarded")
+        except TerminalDied:
+            pass
+    if backend == "docker":
+        left = [p for p in Path("/proc").glob("[0-9]*") if top in read(p / "cgroup")]
+    else:
+        left = [Path(f"/proc/{p}") for p in descendants(top) if p != top]
+    names = [name for p in left if (name := read(p / "cmdline")[:80])]
+    if len(names) > (backend == "sandbox"):  # the kept box's own supervisor may stay
+        problems.append(f"left running: {names}")
+    if not host.unharmed():
+        problems.append("the host was changed or called")
+    return "; ".join(problems)
+
+
+def read(path):
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def descendants(top):
+    """Process ids below `top`, itself included."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found = {top}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return sorted(found)

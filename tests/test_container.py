@@ -16,8 +16,8 @@ from pathlib import Path
 import docker
 import pytest
 from base_image import NAME, make_base_image
-from hostile import ANY, ROWS
-from test_hostile import host, survive  # noqa: F401
+from hostile import ANY, ROWS, survive
+from test_hostile import host  # noqa: F401
 from test_sandbox import (  # noqa: F401, tests that hold for every backend
     COMMANDS,
     LIMITS,

@@ -168,9 +168,10 @@ def run(args: argparse.Namespace) -> None:
     wanted = [((i, member), (3, args.seed)) for member in range(args.k) for i in range(len(tasks))]
     if args.agent == "policy" and world:
         wanted += [((i, 0), None) for i in range(len(tasks))]
-    named = "agent", "checkpoint", "tasks", "allow_network", "seed"
-    settings = {name: str(getattr(args, name)) for name in named}
-    trials = kept_trials(args.out, settings | {name: getattr(config, name) for name in given})
+    settings = {name: str(getattr(args, name)) for name in ("agent", "tasks", "allow_network", "seed")}
+    settings |= {"checkpoint": str(folder)} if args.agent == "policy" else {}
+    settings |= {name: getattr(config, name) for name in ("backend", "temperature", "max_turns")}
+    trials = kept_trials(args.out, settings)
     have = {(record["task"], record["member"]) for record in trials}
     wanted = [
         (row, key) for row, key in wanted
@@ -214,7 +215,7 @@ def kept_trials(folder: Path | None, settings: dict) -> list[dict]:
         return []
     path, trials = folder / "settings.json", folder / "trials.jsonl"
     if path.exists() and (old := json.loads(path.read_text())) != settings:
-        changed = [name for name in settings if old.get(name) != settings[name]]
+        changed = [name for name in settings | old if old.get(name) != settings.get(name)]
         raise ValueError(f"{folder} holds an evaluation with another {', '.join(changed)}: pass a new --out")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=1) + "\n")

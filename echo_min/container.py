@@ -30,17 +30,22 @@ from echo_min.tasks import Environment, Task
 
 START_SECONDS = 60.0  # until it answers
 DISK_SECONDS = 2.0  # between looks at how much a command has written
+QUICK_SECONDS = 0.1  # a command that takes no longer is not looked at
 CLEAR = """PATH=/usr/bin:/bin:/usr/sbin:/sbin; set -- /tests /logs/verifier
 [[ -e $1 || -L $1 || -e $2 || -L $2 ]] || exit 0
 exec rm -rf -- "$@" """
 # Ahead of the relay. Its clock: a read from a pipe that nobody writes to, then a signal of its own. That ends
 # a `wait` but not a `read`: it gets an empty command. (A time limit on `read` makes bash mortal to TERM.)
 PRELUDE = """exec 2>&1; export LC_ALL=C; trap exit RTMIN+9
+(($$ == 1)) || {{ echo "the image's ENTRYPOINT does not exec its command"; exit; }}
 exec {{never}}<> <(:)
 {{ read -r -t {life} -N 1 -u $never; kill -RTMIN+9 $$; printf '\\0' >/proc/$$/fd/0
 }} </dev/null &>/dev/null & exec {{never}}>&-
 mark={mark} processes={processes} limits='-c 0'
 """
+# Where the agent can't read it, as it could a process's arguments. Nor does anything come before it is sent:
+# what an engine says together with its headers is lost in the client's buffer.
+BY_STDIN = 'IFS= read -r -d "" script; exec </dev/null; eval "$script"'
 USERS = {"passwd": b"root:x:0:0::/root:/bin/bash\nagent:x:1000:1000::/work:/bin/bash\n",
          "group": b"root:x:0:\nagent:x:1000:\n"}  # fmt: skip
 _few_at_a_time = threading.BoundedSemaphore(8)  # to start; as many may run as there are threads
@@ -55,7 +60,7 @@ class Container:
         self._engine, self._mark = engine.connect(), secrets.token_hex(16)
         check_names(task)
         self._answer = re.compile(self._mark.encode() + rb"(ready|late|\d{1,3})\n")
-        self._unread, self._text, self._printed = b"", bytearray(), 0  # of the command at work
+        self._unread, self._text = b"", bytearray()  # of the command at work
         image = engine.image_of(self._engine, task)
         life, processes = engine.LIFE_SECONDS, task.limits.processes
         prelude = PRELUDE.format(life=life, mark=self._mark, processes=processes)
@@ -65,8 +70,10 @@ class Container:
             self._stream = Stream(self._engine.attach_socket(self._id, attached))
             self._engine.start(self._id)
             self._stream.send((prelude + RELAY).encode() + b"\0")
-            if self._reply(time.monotonic() + START_SECONDS) != "ready":
-                raise TimeoutError(f"no answer: {self._text[:500].decode(errors='replace')}")
+            with contextlib.suppress(EOFError):
+                if self._reply(time.monotonic() + START_SECONDS) == "ready":
+                    return
+            raise TimeoutError(f"no answer: {(self._text + self._unread)[:500].decode(errors='replace')}")
 
     def _create(self, image: str) -> None:
         """A container that is not started yet, with the task's files in it."""
@@ -78,7 +85,7 @@ class Container:
             "pids_limit": task.limits.processes + 16,  # room for the verifier to start
             "security_opt": ["no-new-privileges:true"],
             "network_mode": engine.network(self._engine) if asked.network else "none",
-            "cap_drop": [] if task.environment else ["ALL"],
+            "cap_drop": ["NET_RAW"] if task.environment else ["ALL"],  # raw frames reach neighbours
             "log_config": {"type": "none"},  # else what is printed fills the engine's disk
             "auto_remove": True,
         }
@@ -112,25 +119,26 @@ class Container:
         if data.count(b"\0") > 1 or len(data) > PIPE_BYTES:
             return Output("bash: the command holds a NUL byte or is too long\n", 126, False, False)
         deadline = time.monotonic() + (self.task.limits.command_seconds if timeout is None else timeout)
-        self._text, self._printed = bytearray(), 0
+        self._text = bytearray()
         if self._id is None:
             raise TerminalDied("the container is closed")
         with self._guard("its container failed"):
             self._stream.send(data)
+            started = time.monotonic()
             while (reply := self._reply(min(deadline, time.monotonic() + DISK_SECONDS))) is None:
                 if time.monotonic() >= deadline:
                     break
                 self._check_disk()
-            while reply is None and time.monotonic() < deadline + GRACE_SECONDS:
+            grace = time.monotonic() + GRACE_SECONDS
+            while reply is None and time.monotonic() < grace:
                 # Repeated: bash may have been just before `wait`. It returns when the signal is delivered.
                 self._engine.kill(self._id, "SIGURG")
                 reply = self._reply(time.monotonic() + 0.2)
             if reply in (None, "ready"):  # an agent that is root can forge answers
                 raise TimeoutError("its relay does not answer")
-        text = self._text.decode(errors="replace")
-        truncated = self._printed > len(self._text) or len(text) > self.output_chars
-        late = reply == "late"
-        return Output(text[: self.output_chars], 124 if late else int(reply), late, truncated)
+            if time.monotonic() - started > QUICK_SECONDS:
+                self._check_disk()
+        return Output.of(self._text, reply, self.output_chars)
 
     def copy_in(self, folder: Path, target: str, *empty: str) -> None:
         """Copy a folder's content into the container's folder `target`; root owns it. empty: more folders.
@@ -143,16 +151,22 @@ class Container:
     def verify(self) -> float:
         """The reward, as the task's verifier says. Raises TerminalDied when it says none."""
         task, seconds = self.task, self.task.limits.verifier_seconds
+        verifier = f"the verifier of {task.name}"
+        with self._guard("its disk"):
+            self._check_disk()
         if not task.environment:
-            code, said = self._exec(task.verify, seconds, user="root")
+            # root without capabilities reads only what all may
+            self._exec("opening its files", "chmod -R a+rX /work", START_SECONDS)
+            code, said = self._exec(verifier, task.verify, seconds, user="root")
             if code not in (0, 1):
                 self._no_verdict(f"exited with {code}, not 0 or 1: {said}")
             return 1.0 - code
-        code, said = self._exec(CLEAR, START_SECONDS, user="root")
+        code, said = self._exec("clearing the verifier's folders", CLEAR, START_SECONDS, user="root")
         if code != 0:
             self._die(f"cannot clear /tests and /logs/verifier for the verifier of {task.name}: {said}")
         self.copy_in(task.environment.folder / "tests", "/tests", "/logs/verifier")
-        code, said = self._exec(task.verify, seconds, environment=task.environment.verifier_env)
+        options = {"environment": task.environment.verifier_env}
+        code, said = self._exec(verifier, task.verify, seconds, **options)
         for name, parse in (("reward.json", _json_reward), ("reward.txt", float)):
             if (text := self._read(f"/logs/verifier/{name}")) is None:
                 continue
@@ -213,25 +227,29 @@ class Container:
         return found[1].decode()
 
     def _keep(self, data: bytes) -> None:
-        """As much as can be shown: a character has up to 4 bytes."""
-        self._printed += len(data)
+        """As much as can be shown, and a little more: a character has up to 4 bytes."""
         self._text += data[: max(0, 4 * self.output_chars + 4 - len(self._text))]
 
     def _check_disk(self) -> None:
         listed = self._engine.containers(filters={"id": self._id}, size=True)
-        if listed and listed[0].get("SizeRw", 0) > self.task.limits.work_mb * 2**20:
+        size = listed[0].get("SizeRw", 0) if listed else 0
+        if size < 0 or size > self.task.limits.work_mb * 2**20:  # below 0: the engine could not count it
             raise OSError(f"it holds more than {self.task.limits.work_mb} MiB")
 
-    def _exec(self, script: str, seconds: float, **options) -> tuple[int, str]:
+    def _exec(self, what: str, script: str, seconds: float, **options) -> tuple[int, str]:
         """Run a script of ours. -> exit code, the end of what it printed. Raises TerminalDied when late."""
         said, deadline = b"", time.monotonic() + seconds
-        command = ["bash", "--norc", "--noprofile", "-c", script]
-        with self._guard(f"the verifier of {self.task.name}, limited to {seconds:g} s, failed"):
-            made = self._engine.exec_create(self._id, command, **options)
+        command = ["bash", "--norc", "--noprofile", "-c", BY_STDIN]
+        with self._guard(f"{what}, limited to {seconds:g} s, failed"):
+            made = self._engine.exec_create(self._id, command, stdin=True, **options)
             stream = Stream(self._engine.exec_start(made, socket=True))
             try:
+                stream.send(script.encode() + b"\0")
                 while (left := deadline - time.monotonic()) > 0:
-                    said = (said + stream.receive(left))[-2000:]
+                    try:
+                        said = (said + stream.receive(min(left, DISK_SECONDS)))[-2000:]
+                    except TimeoutError:
+                        self._check_disk()
             except EOFError:
                 pass
             finally:
@@ -246,12 +264,16 @@ class Container:
         """A short text file in the container; None if there is none."""
         with self._guard(f"cannot read {path}"):
             try:
-                chunks, stat = self._engine.get_archive(self._id, path)
+                chunks, _ = self._engine.get_archive(self._id, path)
             except docker.errors.NotFound:
                 return None
-            if stat["size"] > PIPE_BYTES:
-                return "(too long)"
-            with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as tar:
+            data = b""
+            for chunk in chunks:
+                data += chunk
+                if len(data) > 2 * PIPE_BYTES:  # a folder's or a sparse file's size says little
+                    chunks.close()
+                    return "(too long)"
+            with tarfile.open(fileobj=io.BytesIO(data)) as tar:
                 entry = tar.next()
                 if not (entry and entry.isreg()):
                     return "(not a file)"

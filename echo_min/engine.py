@@ -15,6 +15,7 @@ from pathlib import Path
 
 import docker
 import requests
+import urllib3
 
 from echo_min.config import RunStopped
 from echo_min.sandbox import TerminalDied
@@ -26,7 +27,10 @@ LABEL = "echo_min.run"
 LIFE_SECONDS = 12 * 3600  # of a container, at most
 PULL_SECONDS = 1800.0
 SEND_SECONDS = 60.0
-ERRORS = docker.errors.DockerException, requests.RequestException, tarfile.TarError, OSError, EOFError
+ERRORS = (
+    docker.errors.DockerException, requests.RequestException, urllib3.exceptions.HTTPError,
+    tarfile.TarError, OSError, EOFError,
+)  # fmt: skip
 _few_at_a_time = threading.BoundedSemaphore(4)  # images
 _locks: dict[str, threading.Lock] = {}
 _known: dict[str, str] = {}  # image -> why it cannot be made, or nothing
@@ -83,7 +87,7 @@ def cpus(client: docker.APIClient) -> int:
 @functools.cache
 def network(client: docker.APIClient) -> str:
     """A network whose containers reach the world, but not each other."""
-    if not client.networks(names=["echo_min"]):
+    if "echo_min" not in [found["Name"] for found in client.networks()]:
         apart = {"com.docker.network.bridge.enable_icc": "false"}
         client.create_network("echo_min", driver="bridge", options=apart, check_duplicate=True)
     return "echo_min"
@@ -118,25 +122,45 @@ def _make(client: docker.APIClient, task: Task, name: str) -> str:
     what, started = f"{task.name}: {'building' if build else 'pulling'} {name}", time.monotonic()
     print(f"{what} ...", file=sys.stderr, flush=True)
     seconds = task.environment.build_seconds if build else PULL_SECONDS
-    try:
-        if build:
-            folder = str(task.environment.folder / "environment")
-            arguments = {"BASE": BASE} if BASE else {}
-            options = {"buildargs": arguments, "rm": True, "forcerm": True, "timeout": seconds}
-            lines = client.build(folder, tag=name, decode=True, **options)
-        else:
-            repository, tag = docker.utils.parse_repository_tag(name)
-            lines = client.pull(repository, tag or "latest", stream=True, decode=True)
-        said = ""
-        for line in lines:
-            said = (said + line.get("stream", ""))[-500:]
-            if "error" in line:
-                return f"{line['error']}: {said}"
-            if time.monotonic() - started > seconds:  # leaving the loop ends the build
-                return f"not done after {seconds:g} s: {said}"
-    except ERRORS as error:  # not remembered: the engine may be back
-        raise TerminalDied(f"task {task.name}: no image {name}: {error}") from error
+    outcome: list[str | Exception] = []
+
+    def work() -> None:
+        try:
+            outcome.append(_build(client, task, name, seconds) if build else _pull(client, name, seconds))
+        except ERRORS as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)  # a pull that stalls has no time limit of its own
+    thread.start()
+    thread.join(seconds + 1)
+    if not outcome:
+        return f"not done after {seconds:g} s"
+    if isinstance(outcome[0], Exception):  # not remembered: the engine may be back
+        raise TerminalDied(f"task {task.name}: no image {name}: {outcome[0]}") from outcome[0]
     print(f"{what}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return outcome[0]
+
+
+def _build(client: docker.APIClient, task: Task, name: str, seconds: float) -> str:
+    folder, arguments = str(task.environment.folder / "environment"), {"BASE": BASE} if BASE else {}
+    options = {"buildargs": arguments, "rm": True, "forcerm": True, "timeout": seconds}
+    return _end_of(client.build(folder, tag=name, decode=True, **options), seconds)
+
+
+def _pull(client: docker.APIClient, name: str, seconds: float) -> str:
+    repository, tag = docker.utils.parse_repository_tag(name)
+    return _end_of(client.pull(repository, tag or "latest", stream=True, decode=True), seconds)
+
+
+def _end_of(lines, seconds: float) -> str:
+    """Read what the engine says to its end. -> why it failed, or nothing."""
+    said, deadline = "", time.monotonic() + seconds
+    for line in lines:
+        said = (said + line.get("stream", ""))[-500:]
+        if "error" in line:
+            return f"{line['error']}: {said}"
+        if time.monotonic() > deadline:  # leaving the loop ends the build
+            return f"not done after {seconds:g} s: {said}"
     return ""
 
 
@@ -201,11 +225,13 @@ def archive(entries: list[tuple[str, bytes | None, int, int]]) -> bytes:
 
 
 def archive_of(folder: Path, target: str, *empty: str) -> bytes:
-    """A tar of what is in the folder, as content of `target`, owned by root; and of empty folders for all."""
+    """A tar of what is in the folder, as content of `target`, owned by root, for all to read (and run, if it
+    is a shell script); and of empty folders for all."""
 
     def owned_by_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         entry.uid = entry.gid = 0
         entry.uname = entry.gname = ""
+        entry.mode |= 0o555 if entry.isdir() or entry.name.endswith(".sh") else 0o444
         return entry
 
     buffer = io.BytesIO()

@@ -59,6 +59,9 @@ def harbor_task(folder: Path, allow_network: bool = False) -> Task:
         instruction = (folder / "instruction.md").read_bytes().decode()
     except ValueError as error:
         raise ValueError(f"{folder / 'instruction.md'}: {error}") from None
+    for name in ("docker-compose.yaml", "docker-compose.yml"):
+        if (found := folder / "environment" / name).exists():
+            raise ValueError(f"{found}: tasks of several containers are not supported")
     if env.number("gpus", 0.0, at_least=0):
         raise ValueError(f"{path}: [environment] gpus: containers get no GPU here")
     if verifier.values.get("environment_mode") == "separate":
@@ -67,8 +70,8 @@ def harbor_task(folder: Path, allow_network: bool = False) -> Task:
     return Task(
         name=folder.resolve().name,
         instruction=instruction,
-        verify="bash /tests/test.sh",
-        solution="bash /solution/solve.sh" if (folder / "solution/solve.sh").is_file() else "",
+        verify="/tests/test.sh",
+        solution="/solution/solve.sh" if (folder / "solution/solve.sh").is_file() else "",
         limits=Limits(
             command_seconds=min(COMMAND_SECONDS, agent_seconds),
             agent_seconds=agent_seconds,

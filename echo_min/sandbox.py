@@ -33,6 +33,12 @@ class Output:
     timed_out: bool
     truncated: bool  # text is only the first output_chars characters
 
+    @classmethod
+    def of(cls, data: bytes, said: str, output_chars: int) -> "Output":
+        """From what was printed and what the relay said: an exit code or "late"."""
+        text, late = data.decode(errors="replace"), said == "late"
+        return cls(text[:output_chars], 124 if late else int(said), late, len(text) > output_chars)
+
 
 class TerminalDied(RuntimeError):
     """The environment itself is gone, or the verifier gave no verdict. Says nothing about the agent."""
@@ -61,7 +67,7 @@ class Sandbox:
 
     def __init__(self, task: Task, output_chars: int = 50_000):
         self.task, self.output_chars = task, output_chars
-        self._text, self._printed = bytearray(), 0  # of the command at work: bytes kept, bytes seen
+        self._text = bytearray()  # of the command at work
         layout = _layout(task)
         self._box = kept_box(task.limits, task.tools)
         if self._box is None or self._open(layout) is not None:  # a kept box may have died
@@ -94,7 +100,7 @@ class Sandbox:
             return Output("bash: the command holds a NUL byte or is too long\n", 126, False, False)
         timeout = self.task.limits.command_seconds if timeout is None else timeout
         deadline = time.monotonic() + timeout
-        self._text, self._printed = bytearray(), 0
+        self._text = bytearray()
         box = self._alive()
         self._send(box.requests, data)
         reply = box.reply(box.status, timeout, self._collect)
@@ -107,9 +113,7 @@ class Sandbox:
         if not re.fullmatch(rb"late|\d{1,3}", reply or b""):
             self._die("the sandbox " + ("does not answer" if reply is None else f"broke down: {reply!r}"))
         self._collect()
-        text, late = self._text.decode(errors="replace"), reply == b"late"
-        truncated = self._printed > len(self._text) or len(text) > self.output_chars
-        return Output(text[: self.output_chars], 124 if late else int(reply), late, truncated)
+        return Output.of(self._text, reply.decode(), self.output_chars)
 
     def verify(self) -> float:
         """1.0 or 0.0, as the task's verifier says. Raises TerminalDied when it says neither."""
@@ -154,7 +158,6 @@ class Sandbox:
             data = os.read(self._box.output, PIPE_BYTES)
         except BlockingIOError:
             return 0
-        self._printed += len(data)
         self._text += data[: max(0, 4 * self.output_chars + 4 - len(self._text))]
         return len(data)
 

@@ -3,6 +3,7 @@ what happens when the engine, a container, a verifier or this program fails."""
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -34,8 +35,10 @@ from test_sandbox import (  # noqa: F401, tests that hold for every backend
     test_long_command,
     test_long_output_is_cut,
     test_no_verdict_is_no_reward,
+    test_private_files_are_graded,
     test_stuck_command_times_out,
     test_syntax_error_or_open_end_is_an_output,
+    test_the_verifiers_words_are_out_of_sight,
     test_timeout_kills_what_the_command_started_and_nothing_else,
     test_verdict_after_success,
     test_verdict_is_the_verifiers,
@@ -150,8 +153,11 @@ def test_a_network_takes_the_task_and_the_flag(tmp_path):
         address = terminal.run("hostname -I").text.strip()
         terminal.run("python3 -m http.server 8000 >/dev/null 2>&1 & sleep 1")
         with open_terminal(harbor_task(asks, True), "docker") as neighbour:
-            reached = neighbour.run(f"echo > /dev/tcp/{address}/8000 && echo reached", timeout=2)
-            assert "reached" not in reached.text
+            reach = f"echo > /dev/tcp/{address}/8000 && echo reached"
+            assert "reached" in terminal.run(reach).text and address
+            assert "reached" not in neighbour.run(reach, timeout=2).text
+            raw = "python3 -c 'from socket import *; socket(AF_PACKET, SOCK_RAW)'"  # raw frames would pass
+            assert "PermissionError" in neighbour.run(raw).text
 
 
 def test_memory_and_processes_end_within_their_limits(open_here, tmp_path):
@@ -171,6 +177,18 @@ def test_a_full_disk_ends_the_episode(open_here, tmp_path):
         with pytest.raises(TerminalDied, match="more than 64 MiB"):
             terminal.run("while head -c 20M /dev/zero >> big; do sleep 0.2; done", timeout=60)
         assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("command, verify", [
+    ("for i in 1 2 3 4; do head -c 30M /dev/zero >> big; sleep 0.05; done", ":"),
+    ("(for i in {1..9}; do head -c 20M /dev/zero >> big; sleep 0.5; done) & echo", "sleep 9"),
+    ("d=$(printf a%.0s {1..200}); for i in {1..45}; do mkdir $d; cd $d; done; sleep 0.2", ":"),
+])  # fmt: skip
+def test_a_full_disk_is_seen_everywhere(open_here, tmp_path, command, verify):
+    task = harbor(tmp_path, verify, work_mb=64)
+    with open_here(task) as terminal, pytest.raises(TerminalDied, match="more than 64 MiB"):  # noqa: F811
+        terminal.run(command)
+        terminal.verify()
 
 
 def test_ended_from_outside_is_an_error_of_the_infrastructure(tokenizer, open_here, tmp_path):
@@ -211,6 +229,7 @@ REWARDS = {
     "json of a huge number": ("""echo '{"reward": 1'$(printf %0400d)'}' > $F.json""", "malformed"),
     "json of a text": ("""echo '{"reward": "1"}' > $F.json""", "malformed"),
     "a folder": ("mkdir $F.txt", "malformed"),
+    "a folder of a large file": ("mkdir $F.json; truncate -s 1G $F.json/x", "malformed"),
     "a link": ("echo 1 > /tmp/x; ln -s /tmp/x $F.txt", "malformed"),
     "large": ("head -c 100000 /dev/zero | tr '\\0' 1 > $F.txt", "malformed"),
     "late": ("sleep 60", "limited to 2 s"),
@@ -232,13 +251,21 @@ def test_reward_file(open_here, tmp_path, name):
                 terminal.verify()
 
 
+def test_the_verifiers_first_line_counts(open_here, tmp_path):
+    test = "#!/bin/bash -e\necho 0 > /logs/verifier/reward.txt\nfalse\necho 1 > /logs/verifier/reward.txt\n"
+    with open_here(harbor(tmp_path, test)) as terminal:  # noqa: F811
+        assert terminal.verify() == 0.0
+
+
 def test_the_verifier_gets_its_files_environment_and_folder(open_here, tmp_path):
     test = """[[ $PWD == /srv && $A == b && $E == f && ! $LC_ALL && -x /tests/deep/run &&
+        $(stat -c %a /tests/data) == 644 &&
         $(sha256sum < /tests/data) == $(printf '\\000\\377\\n' | sha256sum) && -e done ]] || exit
         echo 1 > /logs/verifier/reward.txt"""
     settings = 'workdir = "/srv"\nenv = {E = "f"}\n[verifier]\nenv = {A = "b"}'
     task = harbor(tmp_path, test, settings)
     (tmp_path / "tests/data").write_bytes(b"\0\xff\n")
+    (tmp_path / "tests/data").chmod(0o600)
     (tmp_path / "tests/deep").mkdir()
     (tmp_path / "tests/deep/run").touch(0o755)
     with open_here(task) as terminal:  # noqa: F811
@@ -302,11 +329,26 @@ def test_an_image_is_made_once(tmp_path, capfd):
         open_terminal(task, "docker")
 
 
-def test_an_image_without_bash_or_registry_is_named(tmp_path):
+def test_an_image_without_bash_or_registry_is_named(tmp_path, monkeypatch):
     task = harbor(tmp_path)
-    task = replace(task, environment=replace(task.environment, image="127.0.0.1:1/none:1"))
+
+    def of(image):
+        return replace(task, environment=replace(task.environment, image=image))
+
     with pytest.raises(TerminalDied, match=r"task .*: no image 127\.0\.0\.1:1/none:1"):
-        open_terminal(task, "docker")
+        open_terminal(of("127.0.0.1:1/none:1"), "docker")
+    monkeypatch.setattr(engine, "PULL_SECONDS", 2.0)
+    silent = socket.create_server(("127.0.0.1", 0))  # a registry that takes the call and says nothing
+    with silent, pytest.raises(TerminalDied, match=r"no image .*: not done after 2 s"):
+        open_terminal(of(f"127.0.0.1:{silent.getsockname()[1]}/none:1"), "docker")
+    for lines, said in (
+        ("FROM scratch\nCOPY instruction.md /", "bash"),
+        (f'FROM {NAME}\nENTRYPOINT ["sh", "-c", "\\"$@\\"; exit", "x"]', "ENTRYPOINT does not exec"),
+    ):
+        (tmp_path / "Dockerfile").write_text(lines)
+        (image,) = re.findall(r"built (\w+)", str(list(docker.from_env().api.build(str(tmp_path)))))
+        with pytest.raises(TerminalDied, match=said):
+            open_terminal(of(image), "docker")
 
 
 ON_DISK = "full work folder", "full /tmp", "sparse file"  # not refused here; see test_a_full_disk

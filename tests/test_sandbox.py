@@ -315,12 +315,9 @@ def test_verdict_is_the_verifiers(open_here, name):
     with open_here(make_task(verify="test -f /work/done")) as terminal:
         try:
             terminal.run(SABOTAGE[name], timeout=1)
-        except (
-            TerminalDied
-        ):  # it can end its own episode: a line forged on the relay's pipe is taken for a breakdown
-            assert name == "forges verdicts"
-            return
-        assert terminal.verify() == 0.0
+            assert terminal.verify() == 0.0
+        except TerminalDied as error:  # it can end its own episode, by a line forged on the relay's pipe
+            assert name == "forges verdicts" or "it holds more than" in str(error)
 
 
 def test_verdict_after_success(open_here):
@@ -328,6 +325,21 @@ def test_verdict_after_success(open_here):
         assert terminal.verify() == 0.0
         terminal.run("touch done; kill -9 -1")
         assert [terminal.verify(), terminal.verify()] == [1.0, 1.0]
+
+
+def test_private_files_are_graded(open_here):
+    with open_here(make_task("[[ $(cat /work/d/file) == it ]]")) as terminal:
+        terminal.run("umask 077; mkdir d; echo it > d/file; chmod 700 .")
+        assert terminal.verify() == 1.0
+
+
+def test_the_verifiers_words_are_out_of_sight(open_here):
+    with open_here(make_task("ANSWER=hazel; sleep 0.5; [[ ! -e /work/no ]]")) as terminal:
+        look = "cat /proc/[0-9]*/{cmdline,environ} 2>/dev/null | tr '\\0' '\\n' | grep -a ANSWER=[h] >> spied"
+        terminal.run(f"{{ for ((i = 0; i < 200; i++)); do {look}; done; }} & sleep 0.1")
+        assert terminal.verify() == 1.0
+        if open_here is not open_terminal:  # there the agent is still at work
+            assert terminal.run("cat spied").text == ""
 
 
 def test_verifier_can_shut_in_the_agents_program():

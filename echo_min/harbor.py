@@ -10,6 +10,7 @@
 import math
 import random
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -67,11 +68,13 @@ def harbor_task(folder: Path, allow_network: bool = False) -> Task:
     if verifier.values.get("environment_mode") == "separate":
         raise ValueError(f"{path}: [verifier] environment_mode: only a verifier in the agent's own container")
     agent_seconds = agent.number("timeout_sec", math.inf)
+    given = _Table(path, settings, "solution").texts("env")
+    solve = " ".join([*(f"{k}={shlex.quote(v)}" for k, v in given.items()), "/solution/solve.sh"])
     return Task(
         name=folder.resolve().name,
         instruction=instruction,
         verify="/tests/test.sh",
-        solution="/solution/solve.sh" if (folder / "solution/solve.sh").is_file() else "",
+        solution=solve if (folder / "solution/solve.sh").is_file() else "",
         limits=Limits(
             command_seconds=min(COMMAND_SECONDS, agent_seconds),
             agent_seconds=agent_seconds,

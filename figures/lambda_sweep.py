@@ -7,6 +7,7 @@ python figures/lambda_sweep.py --run    makes the runs that are missing
 from dataclasses import replace
 
 import common
+import learning_curves
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -14,12 +15,11 @@ from echo_min.config import Config
 
 EXPERIMENT = "lambda_sweep"
 SEEDS = 11, 12, 13
-STEPS = 75
 LAMBDAS = 0.0, 0.01, 0.05, 0.2, 1.0, 5.0, 20.0, 100.0
-SCENES = {  # name -> (world, turns, title)
-    "tool": ("tool", 1, "tool, one call"),
-    "hard": ("hard", 1, "hard tool, one call"),
-    "file": ("file", 3, "files, three calls"),
+SCENES = {  # name -> (world, turns, steps, title); file learns faster, and a step of three calls takes longer
+    "tool": ("tool", 1, 75, "tool, one call"),
+    "hard": ("hard", 1, 75, "hard tool, one call"),
+    "file": ("file", 3, 50, "files, three calls"),
 }
 BASES = {"moderate": 0.3, "high": 0.0}  # weight of the observations when the base was made
 NORMS = "selected", "global"  # beside the paper's, in one world
@@ -31,8 +31,9 @@ def jobs() -> common.Jobs:
     found = {}
 
     def add(kind: str, scene: str, weight: float, seed: int, **settings) -> None:
-        world, turns, _ = SCENES[scene]
-        settings |= {"tasks": f"world:{world}", "max_turns": turns, "steps": STEPS, "seed": seed}
+        world, turns, steps, _ = SCENES[scene]
+        settings |= {"tasks": f"world:{world}", "max_turns": turns, "steps": steps, "seed": seed}
+        settings |= learning_curves.TUNED.get(world, {})
         config = Config(**common.SETTINGS, **settings, env_weight=weight)
         found[f"{scene}/{kind}/{weight:g}/{seed}"] = ("echo" if weight else "grpo"), config
 
@@ -61,7 +62,7 @@ def curve(lines: list[dict], scene: str, kind: str, key: str) -> dict[float, lis
     found: dict[float, list[float]] = {}
     for weight in LAMBDAS:
         mine = [line for line in lines if line["key"].startswith(f"{scene}/{kind}/{weight:g}/")]
-        first = 1 if key.startswith("pass") else STEPS
+        first = 1 if key.startswith("pass") else SCENES[scene][2]
         mine = [line for line in mine if line["step"] >= first]
         if values := list(common.by_seed(mine, key).values()):
             found[weight] = values
@@ -97,7 +98,7 @@ def draw(lines: list[dict]) -> None:
                 ax.fill_between(x, mean - half, mean + half, color=COLOURS[kind], alpha=0.15, lw=0)
             ax.axvline(np.log10(0.05), color="#999999", ls=":", lw=1)
             common.style(ax, ylabel=label if column == 0 else "", ylim=(0, None))
-        axes[0, column].set_title(SCENES[scene][2], fontsize=10)
+        axes[0, column].set_title(SCENES[scene][3], fontsize=10)
         ticks = [place(weight) for weight in LAMBDAS]
         axes[-1, column].set_xticks(ticks, [f"{weight:g}" for weight in LAMBDAS])
         axes[-1, column].set_xlabel("$\\lambda$ (dotted: the paper's 0.05)")
@@ -109,14 +110,14 @@ def draw(lines: list[dict]) -> None:
 
 
 def table(lines: list[dict]) -> None:
-    print(f"pass rate, mean over the curve of {STEPS} steps, ± 95 % interval over seeds\n")
+    print("pass rate, mean over the curve, ± 95 % interval over seeds\n")
     print("| world | base | " + " | ".join(f"{weight:g}" for weight in LAMBDAS) + " |")
     print("|---" * (len(LAMBDAS) + 2) + "|")
     for scene in SCENES:
         for kind in (*BASES, *NORMS):
             if points := curve(lines, scene, kind, "pass_rate"):
                 cells = [common.interval(points[w]) if w in points else "" for w in LAMBDAS]
-                print(f"| {SCENES[scene][2]} | {kind} | " + " | ".join(cells) + " |")
+                print(f"| {SCENES[scene][3]} | {kind} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

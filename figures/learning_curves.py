@@ -27,8 +27,9 @@ SCENES = {  # name -> (world, turns, steps, lambda chosen on a development seed,
     "hard": ("hard", 1, 150, 1.0, "hard tool, one call"),
     "tool": ("tool", 1, 100, 1.0, "tool, one call"),
     "tool3": ("tool", 3, 100, 1.0, "tool, three calls"),
-    "file": ("file", 3, 100, 0.05, "files, three calls"),
+    "file": ("file", 3, 50, 1.0, "files, three calls"),
 }
+TUNED = {"file": {"base_steps": 600, "learning_rate": 3e-4}}  # chosen on development seeds; else the defaults
 CONTROL_STEPS = 75  # of the placebos and of the lying terminal
 ARMS = {  # name -> (arm, lambda or None for the chosen one)
     "grpo": ("grpo", 0.05),
@@ -68,7 +69,7 @@ def jobs() -> common.Jobs:
                 if (control and scene != HEADLINE) or (name == "echo 0.05" and chosen == 0.05):
                     continue
                 tasks = f"world:{world}" + ("-lying" if name.startswith("lying") else "")
-                settings = {"tasks": tasks, "max_turns": turns, "seed": seed}
+                settings = {"tasks": tasks, "max_turns": turns, "seed": seed} | TUNED.get(world, {})
                 settings["steps"] = CONTROL_STEPS if control else steps
                 settings["env_weight"] = chosen if weight is None else weight
                 found[f"{scene}/{name}/{seed}"] = arm, Config(**common.SETTINGS, **settings)

@@ -90,12 +90,13 @@ def test_eval_goes_on_where_it_ended(finished, tmp_path, capsys, monkeypatch):
 
 
 def test_eval_with_an_oracle_and_without(tmp_path, capsys):
-    harbor(tmp_path / "set" / "one", "[[ -e /done ]]; echo $((!$?)) > /logs/verifier/reward.txt")
+    settings = '[solution]\nenv = {K = "a b"}'
+    harbor(tmp_path / "set" / "one", "[[ -e /done ]]; echo $((!$?)) > /logs/verifier/reward.txt", settings)
     flags = ["--tasks", str(tmp_path / "set"), "--backend", "docker"]
     with pytest.raises(SystemExit, match="no solution for an oracle to run: one"):
         eval.cli([*flags, "--agent", "oracle"])
     (tmp_path / "set/one/solution").mkdir()
-    (tmp_path / "set/one/solution/solve.sh").write_text("cd /solution && cp data /done")
+    (tmp_path / "set/one/solution/solve.sh").write_text('[ "$K" = "a b" ] && cd /solution && cp data /done')
     (tmp_path / "set/one/solution/data").write_text("x")
     for agent, passed in (("oracle", "1.000"), ("noop", "0.000")):
         eval.cli([*flags, "--agent", agent])

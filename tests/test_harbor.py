@@ -91,6 +91,12 @@ def test_an_empty_task_toml_is_all_defaults(tmp_path):
     assert (task.limits.verifier_seconds, task.environment.build_seconds, task.solution) == (600, 600, "")
 
 
+def test_several_containers_are_refused(tmp_path):
+    write(tmp_path, TB2, **{"environment/docker-compose.yaml": "services: {}"})
+    with pytest.raises(ValueError, match="tasks of several containers"):
+        harbor_task(tmp_path)
+
+
 @pytest.mark.parametrize("layout", ["", "tasks/", "1a2b/"])
 def test_layouts(tmp_path, layout):
     for name in "b", "a":

@@ -1,8 +1,9 @@
 """Break the code one line at a time and report which test notices: `make mutate`. Fails if one survives.
 
-Works on a copy; the checkout is not touched.
+Works on a copy; the checkout is not touched. `python tests/mutate.py REGEX`: those whose "FILE: NAME" matches.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -80,6 +81,8 @@ MUTATIONS = {
         ("the unread token", "self.unread.pop(row, []) + ids", "ids", "sampler"),
     ],
     "echo_min/rollout.py": [
+        ("a sandbox that cannot be had", "(TerminalDied, RunStopped)", "TerminalDied", "sick"),
+        ("too many failures", "if 2 * len(failed) > len(episodes):", "if False:", "sick"),
         ("infra errors in the loss", "in (StopReason.DONE,", "in (*StopReason,", "objective"),
         ("who is graded", "is not StopReason.INFRA_ERROR:", "is StopReason.MAX_TURNS:", "rollout"),
         ("the turn limit", "episode.turns == self.config", "episode.turns > self.config", "rollout"),
@@ -116,6 +119,9 @@ MUTATIONS = {
         ("the filter", "0x00050000 | errno.ENOSYS", "0x7FFF0000", "sandbox"),
         ("a read-only system", '"--remount-ro", "/", ', "", "sandbox"),
         ("no network", "--unshare-all", "--unshare-user --unshare-pid --unshare-uts", "sandbox"),
+        ("the limit on processes", " -u $processes", "", "sandbox"),
+        ("the limit on memory", " -v $memory", "", "sandbox"),
+        ("the limit on files", " -f $file", "", "sandbox"),
         ("its own pid namespace", "--disable-userns --unshare-pid", "--disable-userns", "sandbox"),
     ],
     "echo_min/sandbox_supervisor.sh": [
@@ -126,9 +132,15 @@ MUTATIONS = {
     ],
     "echo_min/sandbox_relay.sh": [
         ("late processes", "if [[ $late ]]; then reap; fi", "", "sandbox"),
-        ("the limit on processes", "-u $processes ", "", "sandbox"),
-        ("the limit on memory", "-v $memory ", "", "sandbox"),
-        ("the limit on files", "-f $file ", "", "sandbox"),
+    ],
+    "echo_min/container.py": [
+        ("the verifier's script", '"-c", BY_STDIN]', '"-c", script]', "container"),
+        ("private files", "chmod -R a+rX /work", ":", "container"),
+        ("what it holds", "size < 0 or ", "", "container"),
+        ("raw sockets", '["NET_RAW"]', "[]", "container"),
+    ],
+    "echo_min/harbor.py": [
+        ("several containers", "(found := folder / \"environment\" / name).exists()", "False", "harbor"),
     ],
 }
 
@@ -147,18 +159,20 @@ def caught_by(copy: Path, file: str, old: str, new: str, test: str) -> list[str]
 
 
 def main() -> int:
-    survivors = []
+    survivors, done, only = [], 0, sys.argv[1] if sys.argv[1:] else ""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         ignore = shutil.ignore_patterns(".venv", "runs", ".git", "__pycache__", ".*_cache")
         shutil.copytree(ROOT, copy, ignore=ignore)
         for file, mutations in MUTATIONS.items():
             for name, *mutation in mutations:
+                if not re.search(only, f"{file}: {name}"):
+                    continue
+                done += 1
                 tests = caught_by(copy, file, *mutation)
                 survivors += [] if tests else [name]
                 print(f"{'caught  ' if tests else 'SURVIVED'} {file}: {name}: {' '.join(tests)}", flush=True)
-    total = sum(map(len, MUTATIONS.values()))
-    print(f"{total - len(survivors)} passed, {len(survivors)} failed")
+    print(f"{done - len(survivors)} passed, {len(survivors)} failed")
     return bool(survivors)
 
 

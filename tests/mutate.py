@@ -1,6 +1,6 @@
 """Break the code one line at a time and report which test notices: `make mutate`. Fails if one survives.
 
-Works on a copy; the checkout is not touched. `python tests/mutate.py REGEX`: those whose "FILE: NAME" matches.
+Works on a copy; the checkout is not touched. `tests/mutate.py REGEX`: those whose "FILE: NAME" matches.
 """
 
 import re

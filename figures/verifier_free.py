@@ -40,6 +40,8 @@ def jobs() -> common.Jobs:
     for seed in SEEDS:
         for family in FAMILIES:
             for name, (_, arm, settings, *_) in ARMS.items():
+                if name == "parsed" and seed != SEEDS[0]:
+                    continue  # in one call a reply that is not parsed has no output: the filter never acts
                 settings = settings | {"tasks": f"world:{SCENE}-{family}", "seed": seed, "steps": STEPS}
                 settings |= {"max_turns": 1, "policy_weight": 0.0, "env_weight": 1.0, "eval_every": 10}
                 settings |= {"learning_rate": 2e-4}  # chosen on a development seed; with 6e-4 it drifts away

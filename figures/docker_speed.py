@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import common  # noqa: F401, finds echo_min
+
 from echo_min import engine
 from echo_min.harbor import harbor_task
 from echo_min.sandbox import open_terminal

@@ -29,7 +29,7 @@ FAMILIES = {
 }
 ARMS = {  # name -> (start, arm, settings, colour, label)
     "echo": ("echo", "echo", {}, common.COLOURS["echo"], "from ECHO"),
-    "parsed": ("echo", "echo", {"parsed_only": True}, "#e8a0a8", "from ECHO, parsed rollouts only (one seed)"),
+    "parsed": ("echo", "echo", {"parsed_only": True}, "#e8a0a8", "from ECHO, parsed ones only (one seed)"),
     "grpo": ("grpo", "echo", {}, common.COLOURS["grpo"], "from GRPO"),
     "placebo": ("echo", "placebo_words", {}, common.COLOURS["placebo"], "from ECHO, telling words exchanged"),
 }

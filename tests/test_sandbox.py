@@ -416,7 +416,7 @@ LEFT_BEHIND = {
 @pytest.mark.parametrize("name", LEFT_BEHIND)
 def test_nothing_passes_to_the_next_episode(name):
     command, kept = LEFT_BEHIND[name]
-    look = """ls -lnR --time-style=+ /work /tmp; ps -eo args=; umask; pwd
+    look = """ls -lnR --time-style=+ /work /tmp; stat -c %a /work; ps -eo args=; umask; pwd
         python3 -c 'import ctypes; print(ctypes.CDLL(None).shmget(7, 9, 0))'"""
     with open_terminal(make_task(limits=Limits(processes=31))) as terminal:  # a kind of its own: a new box
         seen = terminal.run(look).text

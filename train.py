@@ -93,8 +93,8 @@ def update(model, optimizer, episodes: list[Episode], arm: str, step: int, confi
         T = max(len(episodes[row].transcript) for row in rows)
         # ids, targets, both masks, both weights, old logprobs, advantages: each [rows, T]
         i, y, a, o, w_a, w_o, old, adv = (x[rows, :T].to(config.device) for x in whole)
-        temperatures = config.temperature, config.observation_temperature
-        logp_action, logp_observation = segment_logprobs(model, i, y, a, o, *temperatures)  # [Na], [No]
+        head = config.temperature, config.observation_temperature, config.logit_mb
+        logp_action, logp_observation = segment_logprobs(model, i, y, a, o, *head)  # [Na], [No]
         policy_loss = grpo_loss(logp_action, old[a], adv[a], w_a[a], config.clip_low, config.clip_high)
         env_loss = echo_loss(logp_observation, w_o[o])
         (config.policy_weight * policy_loss + env_weight * env_loss).backward()

@@ -36,7 +36,8 @@ class Config:
     tasks: str = _f("world:tool", "world:NAME, or a folder of Harbor tasks")
     backend: str = _f("sandbox", "sandbox (bubblewrap), or docker (the engine that DOCKER_HOST names)")
     allow_network: bool = _f(False, "containers whose task asks for a network get one")
-    terminals: int = _f(64, "terminals in use at one time")
+    terminals: int = _f(64, "episodes, each with its terminal, at one time; their KV caches must fit")
+    harness: str = _f("plain", "plain: a bare command; qwen: thinking, then one tool call in Qwen's XML")
     max_turns: int = _f(3, "commands per episode")
     max_action_tokens: int = _f(12, "tokens per reply")
     output_chars: int = _f(160, "characters of a command's output that the policy sees")
@@ -44,6 +45,7 @@ class Config:
 
     # policy
     model: str = _f("tiny", "tiny (from scratch), or a Hugging Face causal LM by name or folder")
+    dtype: str = _f("float32", "of the weights: float32, bfloat16")
     base_demonstrations: int = _f(1500, "weak demonstrations recorded for the base policy")
     base_steps: int = _f(300, "supervised steps that make the base policy; 0 skips them")
     base_batch: int = _f(64, "demonstrations per supervised step")
@@ -55,6 +57,7 @@ class Config:
     tasks_per_step: int = _f(8, "tasks (groups) per step")
     group_size: int = _f(8, "rollouts per task")
     temperature: float = _f(1.0, "sampling temperature; the policy loss scores at the same one")
+    prefill_tokens: int = _f(16384, "padded tokens per forward pass that reads prompts and outputs")
 
     # objective
     policy_weight: float = _f(1.0, "weight of the policy loss; 0: no verifier, observations alone")
@@ -68,6 +71,7 @@ class Config:
     clip_high: float = _f(0.28, "policy ratio is clipped above 1 + this")
 
     # optimizer
+    optimizer: str = _f("adamw", "adamw; adamw8bit: states of 8 bits, bfloat16 rounded stochastically")
     learning_rate: float = _f(6e-4, "AdamW, constant after the warm-up")
     warmup_steps: int = _f(0, "steps of linear warm-up")
     beta1: float = _f(0.9, "AdamW, decay of the mean gradient")
@@ -75,11 +79,14 @@ class Config:
     weight_decay: float = _f(0.01, "AdamW, share of a weight per step and learning rate")
     grad_clip: float = _f(1.0, "largest gradient norm")
     micro_batch_tokens: int = _f(2048, "padded tokens per forward pass of the update")
+    gradient_checkpointing: bool = _f(False, "activations of a layer are computed again in backward")
+    logit_mb: int = _f(3072, "MiB of logits that the loss head may hold; beyond it they are recomputed")
 
     # evaluation
     eval_every: int = _f(25, "steps between evaluations on held-out tasks")
     eval_tasks: int = _f(100, "held-out tasks per evaluation, one sampled and one greedy rollout each")
     save_every: int = _f(1, "steps between checkpoints")
+    tracker: str = _f("none", "none, or where metrics go beside metrics.jsonl: trackio, wandb")
 
     def __post_init__(self):
         """Raises ValueError naming the field."""
@@ -95,6 +102,10 @@ class Config:
                 raise ValueError(f"{f.name}: {value} is too small or not a finite number")
         allowed = {
             "backend": ["sandbox", "docker"],
+            "harness": ["plain", "qwen"],
+            "dtype": ["float32", "bfloat16"],
+            "optimizer": ["adamw", "adamw8bit"],
+            "tracker": ["none", "trackio", "wandb"],
             "observation_norm": ["observation", "selected", "global"],
             "policy_norm": ["sequence", "token"],
         }

@@ -105,6 +105,7 @@ def segment_logprobs(
     observation_mask: torch.Tensor,
     action_temperature: float = 1.0,
     observation_temperature: float = 1.0,
+    logit_mb: int = 3072,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One forward pass. ids, targets, masks [B, T] -> float32 logprobs (action[Na], observation[No]).
 
@@ -112,4 +113,4 @@ def segment_logprobs(
     """
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, d]
     rest = action_mask, observation_mask, action_temperature, observation_temperature
-    return dual_segment_logprobs(hidden, head_weight(model), targets, *rest)
+    return dual_segment_logprobs(hidden, head_weight(model), targets, *rest, logit_bytes=logit_mb << 20)

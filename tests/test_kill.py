@@ -99,6 +99,8 @@ def wait_for_step(folder, step, seconds=90):
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c(tmp_path, presses):
     config = replace(SMALL, steps=400, save_every=1000 if presses == 1 else 1)
+    if presses == 2:  # a step that is not over before the second press
+        config = replace(config, tasks_per_step=16, group_size=16)
     config.save(tmp_path / "config.json")
     environment = os.environ | {"MARKER": f"ctrl-{os.getpid()}-{presses}"}
     command = [sys.executable, "train.py", "--resume", str(tmp_path)]

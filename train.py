@@ -120,13 +120,13 @@ def update(model, optimizer, episodes: list[Episode], arm: str, step: int, confi
     return total | {"learning_share": (advantages != 0).float().mean().item()}
 
 
-def train_arm(arm: str, config: Config, world: World, folder: Path, stop: threading.Event) -> None:
-    """Train one arm from the base, or from its newest checkpoint, to the last step or until `stop` is set."""
-
+def train_arm(arm: str, config: Config, world: World, folder: Path, stop: threading.Event, track) -> None:
+    """Train one arm from the base, or from its newest checkpoint, to the last step or until `stop` is set.
+    track: called with each line of metrics."""
     metrics = folder / "metrics.jsonl"
     found = checkpoint.latest(folder / arm)
-    first, path = found or (-1, folder / "base" if config.model == "tiny" else config.model)
-    model, tokenizer = load_policy(path, config.device)
+    first, path = found or (-1, folder / "base" if config.makes_base else config.model)
+    model, tokenizer = load_policy(path, config.device, config.dtype)
     betas = config.beta1, config.beta2
     optimizer = torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=config.weight_decay)
     if found:
@@ -142,7 +142,7 @@ def train_arm(arm: str, config: Config, world: World, folder: Path, stop: thread
 
     def measure(step: int) -> None:
         last.update(evaluate(model, tokenizer, held_out, expert, config, step))
-        report.log(metrics, {"arm": arm, "step": step, **last})
+        report.log(metrics, {"arm": arm, "step": step, **last}, track)
 
     if first == -1:  # nothing is saved yet
         measure(0)
@@ -161,7 +161,7 @@ def train_arm(arm: str, config: Config, world: World, folder: Path, stop: thread
         if alarm := report.collapse_alarm(history):
             record["alarm"] = alarm
             tqdm.write(f"warning, {arm}, step {step + 1}: {alarm}", file=sys.stderr)
-        report.log(metrics, {"arm": arm, "step": step + 1, **record})
+        report.log(metrics, {"arm": arm, "step": step + 1, **record}, track)
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             measure(step + 1)
             report.write_transcripts(
@@ -187,10 +187,11 @@ def main(config: Config, folder: Path, stop: threading.Event | None = None) -> N
     config.claim(folder)
     with checkpoint.only_writer(folder):
         config = on_this_machine(config)
-        if config.model == "tiny" and not (folder / "base").exists():
+        if config.makes_base and not (folder / "base").exists():
             make_base(config, world, folder / "base")
         for arm in config.arms.split(","):
-            train_arm(arm, config, world, folder, stop or threading.Event())
+            with report.tracker(config, arm) as track:
+                train_arm(arm, config, world, folder, stop or threading.Event(), track)
         report.draw_curves(report.read(folder / "metrics.jsonl"), folder / "curves.png")
     print(f"{folder}: curves.png, metrics.jsonl, transcripts/ and a checkpoint of each arm")
 

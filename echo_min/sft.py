@@ -12,7 +12,7 @@ from echo_min.checkpoint import publish
 from echo_min.config import Config, RunStopped
 from echo_min.echo import echo_loss
 from echo_min.masking import Role, Transcript, observation_targets, observation_weights, pad, policy_weights
-from echo_min.policy import segment_logprobs, tiny_model, tiny_tokenizer
+from echo_min.policy import load_policy, segment_logprobs, tiny_model, tiny_tokenizer
 from echo_min.rollout import Episode, Script, StopReason, rollout
 from echo_min.tasks import Task, World
 
@@ -23,7 +23,7 @@ def record(tokenizer, scripts: list[tuple[Task, list[str]]], config: Config) -> 
     with tqdm(total=len(scripts), desc="demonstrations", disable=None) as bar:
         for start in range(0, len(scripts), config.terminals):
             part = scripts[start : start + config.terminals]
-            agent = Script(tokenizer, [commands for _, commands in part])
+            agent = Script(tokenizer, [commands for _, commands in part], config.harness)
             episodes += rollout(agent, tokenizer, [Episode(task, 0) for task, _ in part], config)
             if failed := [e for e in episodes[start:] if e.stop is StopReason.INFRA_ERROR]:
                 what = f"{len(failed)} of {len(part)} scripted episodes failed"
@@ -59,18 +59,24 @@ def supervise(model, transcripts: list[Transcript], config: Config, action_weigh
 
 
 def make_base(config: Config, world: World, folder: Path) -> None:
-    """A weak base policy from scratch, written to `folder`: it knows the world's form and none of its facts.
-
-    Its tokenizer is trained on the tasks' words and some demonstrations, its weights on all of them.
+    """The base policy, written to `folder`: supervised on weak demonstrations, it knows the world's form and
+    none of its facts. config.model tiny is made from scratch, its tokenizer trained on the tasks' words and
+    some demonstrations; another model is loaded.
     """
     rng = random.Random(f"base {config.seed}")
     demonstrations = [world.weak(rng) for _ in range(config.base_demonstrations)]
-    by_byte, roomy = tiny_tokenizer([]), replace(config, context=1 << 20)
-    sample = record(by_byte, demonstrations[:200], roomy)
-    texts = [by_byte.decode(e.transcript.ids) for e in sample]
-    texts += [harness.warning_block(warning) for warning in harness.WARNINGS] * 20
-    texts += [text for task in world.train + world.held_out for text in (task.instruction, task.solution)]
-    tokenizer = tiny_tokenizer(texts)
-    model = tiny_model(tokenizer, config.seed).to(config.device)
+    if config.model == "tiny":
+        tokenizer = trained_tokenizer(demonstrations[:200], world, config)
+        model = tiny_model(tokenizer, config.seed).to(config.device)
+    else:
+        model, tokenizer = load_policy(config.model, config.device, config.dtype)
     supervise(model, [e.transcript for e in record(tokenizer, demonstrations, config)], config)
     publish(model, tokenizer, folder, config)
+
+
+def trained_tokenizer(demonstrations: list[tuple[Task, list[str]]], world: World, config: Config):
+    by_byte, roomy = tiny_tokenizer([]), replace(config, context=1 << 20)
+    texts = [by_byte.decode(e.transcript.ids) for e in record(by_byte, demonstrations, roomy)]
+    texts += [harness.warning_block(warning) for warning in harness.WARNINGS[config.harness]] * 20
+    texts += [text for task in world.train + world.held_out for text in (task.instruction, task.solution)]
+    return tiny_tokenizer(texts)

@@ -49,7 +49,7 @@ SETTINGS = {"eval_tasks": 200, "save_every": 25}  # of every experiment
 def digest(config: Config) -> str:
     """Of every setting but those that say where and on what a run is made, or that no experiment changes."""
     other = """name device threads model allow_network tracker harness dtype optimizer prefill_tokens logit_mb
-        gradient_checkpointing""".split()
+        gradient_checkpointing format_stage""".split()
     settings = {k: v for k, v in asdict(config).items() if k not in other}
     return hashlib.sha1(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 

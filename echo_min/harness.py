@@ -47,7 +47,7 @@ ls -l
 </tool_call>
 
 bash(command, timeout) runs the command in a fresh shell and shows what it prints. Files stay from one command
-to the next, variables and the current folder do not. timeout is in seconds and may be left out. done() takes no
+to the next, variables and the current folder do not. timeout is in seconds and may be left out. done() has no
 parameter and ends the task: call it when the work is finished. Tests then decide whether you have passed."""
 CALL = re.compile(r"<tool_call>\s*<function=([^>\n]*)>(.*?)</function>\s*</tool_call>", re.DOTALL)
 PARAMETER = re.compile(r"\s*<parameter=(\w+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)

@@ -66,7 +66,7 @@ def tiny_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
 
 
 def load_policy(name: str | Path, device: str = "cpu", dtype: str = "float32"):
-    """-> (model, tokenizer) from a folder, a Hugging Face name or an installed package that holds a GGUF file.
+    """-> (model, tokenizer) from a folder, a Hugging Face name, or an installed package with a GGUF file.
 
     Raises ValueError saying what is wrong.
     """

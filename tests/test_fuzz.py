@@ -20,7 +20,9 @@ N = 10_000
 PIECES = [
     *"\0\a\b\x1b\x7f\r\n\t '\"$`\\{}<|>é漢🙂\ud800\udfff\u202e\ufeff\x85", *harness.MARKERS, "done", "done\n",
     "<|im_", "start|>assistant\n", "WARNINGS:\n- ", "(exit_code=0)", "\x1b[2J", "tk align -k acorn",
-    "\n<|im_start|>tool\n",
+    "\n<|im_start|>tool\n", "<think>", "</think>", "<tool_call>\n<function=bash>\n", "<function=done>",
+    "<parameter=command>\n", "<parameter=timeout>", "\n</parameter>", "</function>\n</tool_call>",
+    *["<tool_call><function=bash><parameter=command>ls</parameter></function></tool_call>"] * 4,
 ]  # fmt: skip
 
 
@@ -33,14 +35,14 @@ def test_replies_and_outputs(tokenizer):
     marker_ids = {tokenizer.convert_tokens_to_ids(marker) for marker in harness.MARKERS}
     transcripts = []
     for _ in range(N):
-        stopped_by = rng.choice([None, *harness.MARKERS])
-        command, warning = harness.parse(text(rng), stopped_by)
-        assert bool(command) != bool(warning)
+        stopped_by, style = rng.choice([None, *harness.MARKERS]), rng.choice(["plain", "qwen"])
+        action = harness.parse(text(rng), stopped_by, style)
+        assert bool(action.command) + action.done + (action.warning not in ("", harness.ONE_CALL)) == 1
         output = Output(text(rng), rng.randrange(256), rng.random() < 0.2, rng.random() < 0.2)
-        message = harness.observation(output if command else None, warning, stopped_by)
+        message = harness.observation(output if action.command else None, action.warning, stopped_by, style)
         transcript = Transcript()
         task = SimpleNamespace(instruction=text(rng))
-        for role, part in [*harness.prompt(task), *message]:
+        for role, part in [*harness.prompt(task, style), *message]:
             ids = encode(tokenizer, role, part)
             if role is not Role.SCAFFOLD:  # no text from outside becomes a chat marker
                 assert not marker_ids & set(ids)

@@ -1,0 +1,99 @@
+"""Models of other families: what loads, what is refused in one line, and SmolLM2 for real."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+import train
+from echo_min import checkpoint
+from echo_min.config import PRESETS, Config
+from echo_min.masking import pad
+from echo_min.policy import load_policy, marker_ids, segment_logprobs
+from echo_min.rollout import StopReason, sample_episodes
+from echo_min.worlds import load_world
+
+
+def saved(model, tokenizer, folder):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_and_untied_heads_learn_from_both_segments(model, tokenizer, tied, tmp_path):
+    model.config.tie_word_embeddings = tied
+    model = type(model)(model.config)
+    model, tokenizer = load_policy(saved(model, tokenizer, tmp_path))
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    assert (head is embedding) == tied
+    ids = torch.randint(3, 100, (2, 9))
+    actions = torch.zeros(2, 9, dtype=torch.bool)
+    actions[:, 3:5] = True
+    for segment in (0, 1):
+        model.zero_grad()
+        segment_logprobs(model, ids, ids, actions, actions.roll(3, 1))[segment].sum().backward()
+        assert head.grad.abs().sum() > 0
+
+
+def test_a_tokenizer_without_a_chat_template_will_do_if_it_has_the_markers(model, tokenizer, tmp_path):
+    tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)  # no template, no named tokens
+    _, loaded = load_policy(saved(model, tokenizer, tmp_path))
+    assert loaded.chat_template is None and set(marker_ids(loaded).values()) >= {"<|im_end|>", "<|im_start|>"}
+
+
+def test_other_families_are_refused_in_one_line(model, tokenizer, tmp_path):
+    other = type(tokenizer)(tokenizer_object=Tokenizer(models.BPE({"a": 0, "[INST]": 1}, [])))
+    with pytest.raises(ValueError, match=r"no .*<\|im_.*only ChatML models will do"):
+        load_policy(saved(model, other, tmp_path / "template"))
+    short = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_head=2, n_layer=1))
+    with pytest.raises(ValueError, match=r"more tokens .* than its embedding"):
+        load_policy(saved(short, tokenizer, tmp_path / "short"))
+    weightless = saved(model, tokenizer, tmp_path / "weightless")
+    (weightless / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"weightless: neither a checkpoint folder nor .*model.safetensors"):
+        load_policy(weightless)
+    partial = saved(model, tokenizer, tmp_path / "partial") / "model.safetensors"
+    weights = load_file(partial)
+    weights.pop("model.norm.weight")
+    save_file(weights, partial, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"partial: no weights for 1 parameters \(model.norm.weight"):
+        load_policy(partial.parent)
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        load_policy(saved(model, tokenizer, tmp_path / "soft"))
+
+
+@pytest.mark.slow
+def test_smollm2(smollm2_tokenizer, tmp_path):
+    """A real instruct model: its own rollouts in real bash, both losses, saved and loaded by transformers."""
+    config = replace(
+        Config(**PRESETS["smollm2"]), device="cpu", threads=1, harness="qwen", context=600, max_turns=2,
+        max_action_tokens=8, policy_weight=1.0, learning_rate=1e-4,
+    )  # fmt: skip
+    model, tokenizer = load_policy(config.model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    tasks = load_world("file").train[:2]
+    episodes = sample_episodes(model, tokenizer, tasks, 2, config, (1, 1, 1))
+    assert all(e.stop is StopReason.MAX_TURNS and e.reward == 0 for e in episodes)
+    ids, roles, logprobs = pad([e.transcript for e in episodes])
+    actions = roles == 1
+    whole, _ = segment_logprobs(model, ids, ids, actions, torch.zeros_like(actions))
+    assert (whole - logprobs[actions]).abs().max() < 2e-4  # cached, turn after turn, and in one pass
+    for i, e in enumerate(episodes):  # as in a mixed group
+        e.reward = float(i % 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    config = replace(config, warnings_as_targets=True)  # eight tokens are no tool call: all that comes back
+    metrics = train.update(model, optimizer, episodes, "echo", 0, config)
+    assert metrics["mismatch"] < 1e-4 and 0 < metrics["grad_norm"] < 1e4 and metrics["env_loss"] > 0
+    assert train.update(model, optimizer, episodes, "echo", 1, config)["env_loss"] < metrics["env_loss"]
+    assert all((p != before[name]).any() for name, p in model.named_parameters())
+    checkpoint.save(tmp_path, 1, model, tokenizer, optimizer, config)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "step-000001", dtype=torch.float32)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "step-000001")
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, model(ids).logits)

@@ -81,7 +81,7 @@ MUTATIONS = {
         ("noise that was not used", "self.rows[row].drawn[len(ids) :]", "np.empty(0)", "sampler"),
         ("the unread token", "self.rows[row].unread + ids", "ids", "sampler"),
         ("a prompt read in parts", "range(start, stop)", "range(stop - start)", "sampler"),
-        ("rows without any left", "hidden[ends] = out", "hidden[ends] = 0 * out", "sampler"),
+        ("the last logits of a part", "hidden[ends] = out", "hidden[ends] = 0 * out", "sampler"),
         ("a smaller batch", "self._arrange(batch +", "(batch +", "sampler"),
         ("layers of another kind", 'kind != "full_attention"', 'kind == "mamba"', "sampler"),
     ],

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 
 import numpy as np
 
@@ -113,10 +114,12 @@ class Seat:
             episode.stop = StopReason.AGENT_TIMEOUT
         return new
 
-    def grade(self) -> None:
+    def leave(self) -> None:
+        """Grade the episode, then close its terminal."""
         if self.episode.stop is not StopReason.INFRA_ERROR:
             with self._guard():
                 self.episode.reward = self.terminal.verify()
+        self.close()
 
     def close(self) -> None:
         if self.terminal is not None:
@@ -140,21 +143,33 @@ class Seat:
 
 
 def rollout(agent: Sampler | Script, tokenizer, episodes: list[Episode], config: Config) -> list[Episode]:
-    """Run new episodes side by side, turn by turn, and grade them. -> the same episodes, filled in."""
+    """Play new episodes turn by turn, `terminals` of them side by side, and grade them. -> the same episodes,
+    filled in.
+
+    An episode that has stopped is graded while the others take their next turn; then its seat is free for one
+    that waits. So who plays together never depends on the clock, and a run can be repeated bit for bit.
+    """
     seats = [Seat(episode, tokenizer, config) for episode in episodes]
+    waiting, unread, leaving = iter(range(len(seats))), {}, []
     try:
         with ThreadPoolExecutor(config.terminals) as pool:  # its end waits for what still runs
-            unread = dict(enumerate(pool.map(Seat.open, seats)))
-            while rows := [row for row, episode in enumerate(episodes) if episode.stop is None]:
-                replies = agent.reply(rows, [unread[row] for row in rows], config.max_action_tokens)
+            while True:
+                entering = list(islice(waiting, config.terminals - len(unread) - len(leaving)))
+                unread |= zip(entering, pool.map(Seat.open, [seats[row] for row in entering]), strict=True)
+                if not unread and not leaving:
+                    return episodes
+                rows = [row for row in unread if episodes[row].stop is None]
+                new_ids = [unread[row] for row in rows]
+                replies = agent.reply(rows, new_ids, config.max_action_tokens) if rows else []
                 answers = pool.map(Seat.answer, [seats[row] for row in rows], replies)
-                unread = dict(zip(rows, answers, strict=True))
-            list(pool.map(Seat.grade, seats))
-            list(pool.map(Seat.close, seats))
+                answered = dict(zip(rows, answers, strict=True))
+                for graded in leaving:
+                    graded.result()
+                leaving = [pool.submit(seats[row].leave) for row in unread if episodes[row].stop]
+                unread = {row: ids for row, ids in answered.items() if episodes[row].stop is None}
     finally:
         for seat in seats:
             seat.close()
-    return episodes
 
 
 def sample_episodes(
@@ -172,15 +187,9 @@ def sample_episodes(
     """
     if rows is None:
         rows = [(group, member) for group in range(len(tasks)) for member in range(group_size)]
-    tokens, episodes = config.max_turns * config.max_action_tokens, []
-    for start in range(0, len(rows), config.terminals):
-        part = rows[start : start + config.terminals]
-        noise = None
-        if key is not None:
-            noise = np.stack([np.random.default_rng((*key, *row)).random(tokens) for row in part])
-        sampler = Sampler(model, set(marker_ids(tokenizer)), config.temperature, noise)
-        episodes += rollout(sampler, tokenizer, [Episode(tasks[group], group) for group, _ in part], config)
-    return episodes
+    noise = None if key is None else [np.random.default_rng((*key, *row)) for row in rows]
+    sampler = Sampler(model, set(marker_ids(tokenizer)), config, noise)
+    return rollout(sampler, tokenizer, [Episode(tasks[group], group) for group, _ in rows], config)
 
 
 def batch_metrics(episodes: list[Episode]) -> dict:

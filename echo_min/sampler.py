@@ -4,129 +4,180 @@ Rows have different lengths and are not padded on the left: each row writes at i
 padding lands beyond its end, where no query looks (key position <= query position) before it is overwritten.
 """
 
+from dataclasses import dataclass, field
+from math import isfinite
+
 import numpy as np
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
-from echo_min.config import RunStopped
+from echo_min.config import Config, RunStopped
 
 Reply = tuple[list[int], list[float]]  # ids, and their logprobs under the full softmax at the temperature
+WORTH = 32  # tokens: a reply with fewer to come does not pay for a copy of the cache
 
 
 class RowCache(Cache):
-    """Keys and values [B, heads, S, head_dim] per layer, written at a row's own positions."""
+    """Keys and values [B, heads, slots, head_dim] per layer, written at a row's own positions."""
 
-    def __init__(self):
+    def __init__(self, limit: int):
         super().__init__(layers=[])
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-        self.positions = None  # [B, T], where the coming forward pass writes
-        self.size = 0  # S: key slots that the coming forward pass can see
+        self.positions = None  # [n, T], where the coming forward pass, of the first n rows, writes
+        self.size = 0  # S: slots that it can see
+        self.limit = limit  # slots at most
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        if layer_idx == len(self.keys):
-            self.keys.append(keys.new_zeros(0))
-            self.values.append(values.new_zeros(0))
-        index = self.positions[:, None, :, None].expand_as(keys)
+        n = len(keys)
         for store, new in ((self.keys, keys), (self.values, values)):
+            if layer_idx == len(store):
+                store.append(new[:, :, :0])
             old = store[layer_idx]
-            if old.dim() == 1 or old.shape[2] < self.size:  # grow in steps, so that growing stays rare
-                grown = new.new_zeros(*new.shape[:2], -(-self.size // 64) * 64, new.shape[3])
-                if old.dim() > 1:
-                    grown[:, :, : old.shape[2]] = old
-                store[layer_idx] = old = grown
-            old.scatter_(2, index, new)
-        return self.keys[layer_idx][:, :, : self.size], self.values[layer_idx][:, :, : self.size]
+            if old.shape[2] < self.size:  # doubled, so that growing stays rare
+                slots = min(max(-(-self.size // 64) * 64, 2 * old.shape[2]), self.limit)
+                store[layer_idx] = new.new_zeros(*old.shape[:2], slots, old.shape[3])
+                store[layer_idx][:, :, : old.shape[2]] = old
+            store[layer_idx][:n].scatter_(2, self.positions[:, None, :, None].expand_as(new), new)
+        return self.keys[layer_idx][:n, :, : self.size], self.values[layer_idx][:n, :, : self.size]
 
-    def keep(self, rows: torch.Tensor) -> None:
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
+    def arrange(self, rows: list[int]) -> None:
+        """Row b becomes what row rows[b] was; a layer at a time, as two whole caches may not fit."""
+        for store in (self.keys, self.values):
+            for i, old in enumerate(store):
+                store[i] = old[rows]
+
+
+@dataclass
+class Row:
+    """What a sampler knows of an episode in its cache."""
+
+    length: int = 0  # tokens in the cache
+    unread: list[int] = field(default_factory=list)  # the last sampled token, not in the cache yet
+    drawn: np.ndarray = field(default_factory=lambda: np.empty(0))  # noise that is still to be used
 
 
 class Sampler:
-    """Samples replies for a batch of episodes; one Sampler serves one batch, turn after turn.
+    """Samples replies for a batch of episodes, turn after turn. An episode is a number, its row.
 
-    noise[B, n]: uniform numbers in [0, 1); a row's i-th sampled token is decided by its i-th number alone, so
-    a rollout does not depend on who shares its batch. None: greedy.
+    noise[row]: its i-th sampled token is decided by the i-th number drawn from this generator alone, so a
+    rollout does not depend on who shares its batch. None: greedy.
+    Raises ValueError for a model with layers that do not attend to every token before.
     """
 
-    def __init__(self, model, stop_ids: set[int], temperature: float, noise: np.ndarray | None):
-        self.model, self.temperature, self.noise = model, temperature, noise
-        self.stop_ids = torch.tensor(sorted(stop_ids), device=model.device)
-        self.cache = RowCache()
-        self.rows: list[int] = []  # episodes in the cache, in its order
-        self.length = None  # [B] tokens of each row in the cache
-        self.unread: dict[int, list[int]] = {}  # a row's last sampled token, which the model has not read yet
-        self.drawn: dict[int, int] = {}
+    def __init__(self, model, stop_ids: set[int], config: Config, noise: list[np.random.Generator] | None):
+        self.model, self.stop_ids, self.noise, self.config = model, stop_ids, noise, config
+        kinds, settings = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+        for kind, setting in zip(kinds, settings, strict=True):
+            if kind != "full_attention" and (setting.get("sliding_window") or 0) < config.context:
+                raise ValueError(f"model: it has layers of {kind}; the sampler's cache is for full attention")
+        # no less than 512: padding may be that far out, and results depend on the width seen, by rounding
+        self.cache = RowCache(max(config.context, 512))
+        self.rows: dict[int, Row] = {}  # in the cache's order
 
     @torch.inference_mode()
     def reply(self, rows: list[int], new_ids: list[list[int]], max_new: int) -> list[Reply]:
         """Append new_ids to the given episodes and sample a reply to each: at most max_new tokens, up to and
-        with the first stop id. Episodes left out are finished and leave the cache.
+        with the first stop id. Episodes that are new enter the cache, those left out are finished and leave.
 
-        Raises RunStopped if the model's logits are not finite.
+        Raises RunStopped if the model's logits are not finite, ValueError if the context can't hold a reply.
         """
-        device = self.model.device
-        if self.length is None:
-            self.rows, self.length = list(rows), torch.zeros(len(rows), dtype=torch.int64, device=device)
-        elif rows != self.rows:
-            kept = torch.tensor([self.rows.index(row) for row in rows], device=device)
-            self.cache.keep(kept)
-            self.rows, self.length = list(rows), self.length[kept]
-        B = len(rows)
-        logits = self._read([self.unread.pop(row, []) + ids for row, ids in zip(rows, new_ids, strict=True)])
-        tokens = torch.zeros(B, max_new, dtype=torch.int64, device=device)
-        logprobs = torch.zeros(B, max_new, device=device)
-        counts = torch.full((B,), max_new, device=device)
-        first = np.array([self.drawn.get(row, 0) for row in rows])
+        held = [row for row in self.rows if row in rows]
+        self._arrange(held + [row for row in rows if row not in held])
+        new = {row: self.rows[row].unread + ids for row, ids in zip(rows, new_ids, strict=True)}
+        if max(self.rows[row].length + len(ids) for row, ids in new.items()) + max_new > self.config.context:
+            raise ValueError(f"context: {self.config.context} tokens do not hold a reply of {max_new}")
+        if len(rows) * max(map(len, new.values())) > self.config.prefill_tokens:
+            self._arrange(sorted(self.rows, key=lambda row: -len(new[row])))
+        logits = self._read([new[row] for row in self.rows])
+        replies: dict[int, Reply] = {row: ([], []) for row in rows}
+        batch = going = list(self.rows)  # sampled from in one pass; those of them that have not stopped
+        noise = self._draw(max_new)
         for i in range(max_new):
-            tokens[:, i], logprobs[:, i] = self._pick(logits, rows, first + i)
-            stopped = torch.isin(tokens[:, i], self.stop_ids) & (counts == max_new)
-            counts[stopped] = i + 1
-            if i + 1 == max_new or bool((counts < max_new).all()):
+            tokens, logprobs = self._pick(logits, None if noise is None else noise[:, i])
+            picked = dict(zip(batch, zip(tokens.tolist(), logprobs.tolist(), strict=True), strict=True))
+            for row in going:
+                replies[row][0].append(picked[row][0])
+                replies[row][1].append(picked[row][1])
+            if not all(isfinite(picked[row][1]) for row in going):
+                raise RunStopped("sampler: the logits are not finite; the policy has diverged")
+            going = [row for row in going if picked[row][0] not in self.stop_ids]
+            if not going or i + 1 == max_new:
                 break
+            if 2 * len(going) <= len(batch) and max_new - i > WORTH:  # go on with a smaller batch
+                kept = [b for b, row in enumerate(batch) if row in going]
+                tokens, noise, batch = tokens[kept], None if noise is None else noise[kept], going
+                self._arrange(batch + [row for row in self.rows if row not in batch])
             # a row that has stopped reads on at one place beyond its end: one shape for the whole batch
-            positions = self.length + torch.clamp(counts, max=i)
-            logits = self._forward(tokens[:, i : i + 1], positions[:, None])
-        replies = []
-        for row, n, ids, logps in zip(rows, counts.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
-            self.unread[row] = [ids[n - 1]]
-            self.drawn[row] = self.drawn.get(row, 0) + n
-            replies.append((ids[:n], logps[:n]))
-        self.length += counts - 1
-        return replies
+            places = [self.rows[row].length + min(len(replies[row][0]), i) for row in batch]
+            hidden = self._forward(tokens[:, None], torch.tensor(places)[:, None], max(places) + 1)
+            logits = self._logits(hidden[:, 0])
+        for row, (ids, _) in replies.items():
+            self.rows[row].length += len(ids) - 1
+            self.rows[row].unread = ids[-1:]
+            self.rows[row].drawn = self.rows[row].drawn[len(ids) :]
+        return [replies[row] for row in rows]
+
+    def _arrange(self, rows: list[int]) -> None:
+        """Order the cache. A newcomer gets a copy of some row, of which it sees nothing."""
+        place = {row: b for b, row in enumerate(self.rows)}
+        if rows != list(self.rows):
+            self.cache.arrange([place.get(row, 0) for row in rows])
+            self.rows = {row: self.rows.get(row) or Row() for row in rows}
+
+    def _draw(self, n: int) -> torch.Tensor | None:
+        """-> the next n uniform numbers of each row, float64[B, n]."""
+        if self.noise is None:
+            return None
+        for row, state in self.rows.items():
+            more = self.noise[row].random(max(0, n - len(state.drawn)))
+            state.drawn = np.append(state.drawn, more)
+        drawn = np.stack([state.drawn[:n] for state in self.rows.values()])
+        return torch.from_numpy(drawn).to(self.model.device)
 
     def _read(self, ids: list[list[int]]) -> torch.Tensor:
-        """Prefill rows of different lengths. -> logits[B, V] after each row's last token."""
-        counts = torch.tensor([len(row) for row in ids], device=self.model.device)
-        padded = torch.zeros(len(ids), int(counts.max()), dtype=torch.int64, device=self.model.device)
-        for b, row in enumerate(ids):
-            padded[b, : len(row)] = torch.tensor(row)
-        positions = self.length[:, None] + torch.arange(padded.shape[1], device=padded.device)
-        logits = self._forward(padded, positions, last=counts - 1)
-        self.length += counts
-        return logits
+        """Prefill every row with its ids. -> logits[B, V] after each row's last one.
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, last=0) -> torch.Tensor:
-        """ids[B, T], positions[B, T] -> float32 logits[B, V] at column `last`, an int or [B]."""
-        self.cache.positions, self.cache.size = positions, int(positions.max()) + 1
-        slots = torch.arange(self.cache.size, device=ids.device)  # [S]
-        visible = slots <= positions[:, None, :, None]  # [B, 1, T, S]
+        In parts of columns, each of at most prefill_tokens with the padding; then ids are longest first, and
+        rows without any left drop out. A part's mask has prefill_tokens * slots bytes: 256 MiB at 16k * 16k.
+        """
+        rows, start, hidden = list(self.rows.values()), 0, None
+        while n := sum(len(row) > start for row in ids):
+            stop = min(len(max(ids, key=len)), start + max(1, self.config.prefill_tokens // n))
+            parts = [row[start:stop] for row in ids[:n]]
+            padded = torch.tensor([part + [0] * (stop - start - len(part)) for part in parts])
+            lengths = torch.tensor([row.length for row in rows[:n]])
+            # rows differ in length: the padding of a long one would end beyond the context
+            positions = (lengths[:, None] + torch.arange(start, stop)).clamp_max(self.cache.limit - 1)
+            out = self._forward(padded, positions, int(positions.max()) + 1)
+            ends = [b for b in range(n) if len(ids[b]) <= stop]
+            hidden = out.new_empty(len(ids), out.shape[2]) if hidden is None else hidden
+            hidden[ends] = out[ends, [len(parts[b]) - 1 for b in ends]]
+            start = stop
+        for row, new in zip(rows, ids, strict=True):
+            row.length += len(new)
+        return self._logits(hidden)
+
+    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:
+        """ids[n, T] for the cache's first n rows at positions[n, T]; its first `size` slots can be seen.
+        -> last hidden states[n, T, d]"""
+        ids, positions = ids.to(self.model.device), positions.to(self.model.device)
+        self.cache.positions, self.cache.size = positions, size
+        slots = torch.arange(size, device=ids.device)  # [S]
+        visible = slots <= positions[:, None, :, None]  # [n, 1, T, S]
         where = {"position_ids": positions, "attention_mask": visible, "past_key_values": self.cache}
-        hidden = self.model.base_model(input_ids=ids, use_cache=True, **where).last_hidden_state  # [B, T, d]
-        hidden = hidden[torch.arange(len(ids), device=ids.device), last]
+        return self.model.base_model(input_ids=ids, use_cache=True, **where).last_hidden_state
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.model.get_output_embeddings()(hidden).float()
 
-    def _pick(self, logits: torch.Tensor, rows: list[int], draw) -> tuple[torch.Tensor, torch.Tensor]:
-        """logits[B, V] -> tokens[B], their logprobs[B]."""
-        logprobs = torch.log_softmax(logits / self.temperature, -1)
-        if self.noise is None:
+    def _pick(self, logits: torch.Tensor, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """logits[B, V], noise[B] in [0, 1) -> tokens[B], their logprobs[B]."""
+        logprobs = torch.log_softmax(logits / self.config.temperature, -1)
+        if noise is None:
             tokens = logits.argmax(-1)
         else:
-            u = torch.as_tensor(self.noise[rows, draw], device=logits.device)[:, None]
             cdf = logprobs.double().exp().cumsum(-1)
-            tokens = torch.searchsorted(cdf, u * cdf[:, -1:]).squeeze(1).clamp_max(logits.shape[1] - 1)
-        picked = logprobs.gather(1, tokens[:, None]).squeeze(1)
-        if not torch.isfinite(picked).all():
-            raise RunStopped("sampler: the logits are not finite; the policy has diverged")
-        return tokens, picked
+            tokens = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:]).squeeze(1)
+            tokens = tokens.clamp_max(logits.shape[1] - 1)
+        return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)

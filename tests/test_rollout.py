@@ -3,6 +3,7 @@ environment."""
 
 import os
 import signal
+import threading
 from dataclasses import replace
 
 import pytest
@@ -89,6 +90,49 @@ def test_an_agent_out_of_time_is_graded_and_not_trained_on(tokenizer):
     assert (episode.stop, episode.reward, episode.valid) == (StopReason.AGENT_TIMEOUT, 1.0, False)
 
 
+@pytest.mark.parametrize("terminals", [1, 2, 3])
+def test_a_seat_goes_to_the_next_episode(tokenizer, monkeypatch, terminals):
+    """More episodes than terminals, of very different lengths, some of which die: each is played as if alone,
+    no more than `terminals` are open at a time, and each is graded and closed as soon as it stops."""
+    opened, most, log, lock = set(), [0], [], threading.Lock()
+    real, run, close = rollout_module.open_terminal, Sandbox.run, Sandbox.close
+
+    def open_or_refuse(task, *rest):
+        if task.name == "refused":
+            raise TerminalDied("this one cannot be had")
+        terminal = real(task, *rest)
+        with lock:
+            opened.add(terminal)
+            most.append(len(opened))
+        return terminal
+
+    def run_or_die(self, command, timeout=None):
+        log.append(command)
+        if command == "die":
+            os.killpg(self._box.process.pid, signal.SIGKILL)
+        return run(self, command, timeout)
+
+    def closed(self):
+        with lock:
+            opened.discard(self)
+        close(self)
+
+    monkeypatch.setattr(rollout_module, "open_terminal", open_or_refuse)
+    monkeypatch.setattr(Sandbox, "run", run_or_die)
+    monkeypatch.setattr(Sandbox, "close", closed)
+    scripts = [["true"] * 7, [TASK.solution], ["die"], [], ["true"], [TASK.solution, "true"], ["echo last"]]
+    episodes = [Episode(replace(TASK, name="refused") if i == 4 else TASK, 0) for i in range(7)]
+    config = replace(CONFIG, terminals=terminals, max_turns=9)
+    rollout(Script(tokenizer, scripts), tokenizer, episodes, config)
+    scripts[4] = []
+    assert [e.commands for e in episodes] == scripts and episodes[0].turns == 8
+    assert [e.stop is StopReason.INFRA_ERROR for e in episodes] == [i in (2, 4) for i in range(7)]
+    assert [e.reward for e in episodes if e.valid] == [0, 1, 0, 1, 0]
+    assert max(most) == terminals and not opened
+    if terminals == 3:  # the last one came in while the first was still at work
+        assert log.index("echo last") < len(log) - 1 - log[::-1].index("true")
+
+
 def test_a_terminal_that_dies_ends_its_own_episode_only(tokenizer, monkeypatch):
     run = Sandbox.run
 
@@ -140,3 +184,13 @@ def test_rollouts_are_a_function_of_their_key(model, tokenizer):
     assert first != sample((1, 5, 10))
     assert sample((1, 5, 9), tasks=1) == first[:3]  # other groups in the batch change nothing
     assert len({tuple(ids) for ids in first}) > 1  # members differ
+
+
+def test_episodes_that_wait_get_the_tokens_of_those_that_do_not(model, tokenizer):
+    def sample(terminals):
+        config = replace(CONFIG, max_action_tokens=40, terminals=terminals)
+        key = 1, 5, 10  # no command of which holds a |: who prints first is luck
+        batch = sample_episodes(model, tokenizer, load_world("tool").train[:4], 2, config, key)
+        return [(e.transcript.ids, e.reward, e.stop) for e in batch]
+
+    assert sample(8) == sample(3) == sample(1)

@@ -1,31 +1,39 @@
 """Sampling with the row cache: the same logprobs as a full forward pass, whatever the batch, the lengths, the
 turns."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+import transformers
 
-from echo_min.config import RunStopped
+from echo_min.config import Config, RunStopped
 from echo_min.policy import marker_ids
 from echo_min.sampler import Sampler
 
-
-def uniform(rows, n, seed=0):
-    return np.random.default_rng(seed).random((rows, n))
+CONFIG = Config(temperature=0.8, context=1000)
 
 
-def play(model, stop_ids, prompts, turns, noise, max_new=9, temperature=0.8, leave=()):
-    """-> per row: (ids, logprobs or None) of the whole dialogue. Rows in `leave` stop after the first
-    turn."""
-    sampler = Sampler(model, stop_ids, temperature, noise)
-    story = [[] for _ in prompts]
-    rows = list(range(len(prompts)))
+def noise(*rows):
+    return {row: np.random.default_rng((7, row)) for row in rows}
+
+
+def play(model, stop_ids, prompts, turns, max_new=9, config=CONFIG, leave=(), enter=None):
+    """-> per row: (ids, logprobs or None) of the whole dialogue. Rows in `leave` stop after the first turn;
+    row enter[0] comes at turn enter[1]."""
+    rows = sorted(prompts)
+    sampler = Sampler(model, stop_ids, config, noise(*rows))
+    story, here = {row: [] for row in prompts}, [row for row in rows if not enter or row != enter[0]]
     for turn in range(turns):
-        rows = [r for r in rows if turn == 0 or r not in leave]
-        new = [prompts[r] if turn == 0 else [5 + turn] * (1 + (r * 7 + turn) % 11) for r in rows]
-        for r, ids, (reply, logps) in zip(rows, new, sampler.reply(rows, new, max_new), strict=True):
+        here = [r for r in here if turn == 0 or r not in leave]
+        if enter and turn == enter[1]:
+            here.append(enter[0])
+        said = {r: len(story[r]) for r in here}
+        new = [[5 + n % 9] * (1 + (r * 7 + n) % 11) if n else prompts[r] for r, n in said.items()]
+        for r, ids, (reply, logps) in zip(here, new, sampler.reply(here, new, max_new), strict=True):
             story[r] += [(i, None) for i in ids] + list(zip(reply, logps, strict=True))
-    return story
+    return story, sampler
 
 
 def full_logprobs(model, ids, temperature):
@@ -34,38 +42,120 @@ def full_logprobs(model, ids, temperature):
     return torch.log_softmax(logits, -1)
 
 
-def test_cached_logprobs_equal_a_full_forward(model, tokenizer):
-    prompts = [[3] * 5, [7, 8], [9] * 17, [4, 5, 6], [11] * 70]
-    story = play(model, set(marker_ids(tokenizer)), prompts, 5, uniform(5, 99), leave={1, 3})
+def check(model, story, at_least, temperature=0.8):
+    """Every sampled token's logprob is that of a full forward pass."""
     checked = 0
-    for row in story:
+    for row in story.values():
         ids = [i for i, _ in row]
-        reference = full_logprobs(model, ids, 0.8)
+        reference = full_logprobs(model, ids, temperature)
         for t, (i, logp) in enumerate(row):
             if logp is not None:
                 assert abs(reference[t - 1, i].item() - logp) < 1e-5
                 checked += 1
-    assert checked > 60
+    assert checked > at_least
+
+
+def ids_of(story):
+    return {row: [i for i, _ in tokens] for row, tokens in story.items()}
+
+
+PROMPTS = {0: [3] * 5, 1: [7, 8], 2: [9] * 17, 3: [4, 5, 6], 4: [11] * 70}
+
+
+def test_cached_logprobs_equal_a_full_forward(model, tokenizer):
+    story, _ = play(model, set(marker_ids(tokenizer)), PROMPTS, 5, leave={1, 3})
+    check(model, story, 60)
+
+
+@pytest.mark.parametrize("budget", [1, 20, 100])
+def test_a_prompt_read_in_parts_is_the_prompt(model, tokenizer, monkeypatch, budget):
+    stop, parts, real = set(marker_ids(tokenizer)), [], Sampler._forward
+
+    def counted(self, ids, *rest):
+        parts.append(ids.shape)
+        return real(self, ids, *rest)
+
+    whole, _ = play(model, stop, PROMPTS, 4, leave={3})
+    monkeypatch.setattr(Sampler, "_forward", counted)
+    story, _ = play(model, stop, PROMPTS, 4, leave={3}, config=replace(CONFIG, prefill_tokens=budget))
+    assert ids_of(story) == ids_of(whole)
+    check(model, story, 60)
+    assert all(n * T <= budget or T == 1 for n, T in parts)
+    assert len({n for n, _ in parts}) > 2  # rows that are read drop out
 
 
 def test_a_rollout_does_not_depend_on_its_batch(model, tokenizer):
-    stop, prompts, noise = set(marker_ids(tokenizer)), [[3] * 5, [7, 8], [9] * 17], uniform(3, 60)
-    together = play(model, stop, prompts, 3, noise)
-    sampler = Sampler(model, stop, 0.8, noise[1:2])
-    alone = [(7, None), (8, None)]
-    new = [7, 8]
-    for turn in range(3):
-        if turn:
-            new = [5 + turn] * (1 + (7 + turn) % 11)
-            alone += [(i, None) for i in new]
-        ((reply, logps),) = sampler.reply([0], [new], 9)
-        alone += list(zip(reply, logps, strict=True))
-    assert [i for i, _ in alone] == [i for i, _ in together[1]]
+    stop = set(marker_ids(tokenizer))
+    together, _ = play(model, stop, PROMPTS, 3)
+    for row, prompt in PROMPTS.items():
+        assert ids_of(play(model, stop, {row: prompt}, 3)[0])[row] == ids_of(together)[row]
+
+
+def test_an_episode_that_enters_late_gets_the_same_tokens(model, tokenizer):
+    stop = set(marker_ids(tokenizer))
+    for late in (1, 4):
+        story, _ = play(model, stop, PROMPTS, 4, leave={0, 2}, enter=(late, 2))
+        assert ids_of(story)[late] == ids_of(play(model, stop, {late: PROMPTS[late]}, 2)[0])[late]
+        check(model, story, 40)
+
+
+def test_long_uneven_replies_are_the_same_in_a_smaller_batch(model, monkeypatch):
+    """Few ids stop, so replies have very different lengths."""
+    stop, sizes, real = {5, 6, 7, 8}, [], Sampler._forward
+
+    def counted(self, ids, *rest):
+        sizes.append(len(ids))
+        return real(self, ids, *rest)
+
+    prompts = {row: [row + 3] * (row + 1) for row in range(12)}
+    with monkeypatch.context() as patch:
+        patch.setattr("echo_min.sampler.WORTH", 1000)
+        whole, _ = play(model, stop, prompts, 3, max_new=120)
+    monkeypatch.setattr(Sampler, "_forward", counted)
+    story, _ = play(model, stop, prompts, 3, max_new=120)
+    assert ids_of(story) == ids_of(whole)
+    check(model, story, 500)
+    assert {12, 6} <= set(sizes) and sum(sizes) < 0.7 * 12 * len(sizes)
+
+
+def test_the_cache_grows_rarely_and_never_beyond_the_context(model):
+    config, slots = replace(CONFIG, context=700), []
+    sampler = Sampler(model, set(), config, noise(0, 1))
+    story = {0: [], 1: []}
+    for i in range(9):
+        new = {0: [4] * 70} | ({1: [5] * 400} if i == 8 else {})  # its width beside the long row: 1000
+        for row, reply in zip(new, sampler.reply(list(new), list(new.values()), 5), strict=True):
+            story[row] += [(i, None) for i in new[row]] + list(zip(*reply, strict=True))
+        slots.append(sampler.cache.keys[0].shape[2])
+    assert slots[-1] == 700 and len(set(slots)) <= 5
+    check(model, story, 49)
+    with pytest.raises(ValueError, match="context: 700 tokens do not hold a reply of 40"):
+        sampler.reply([0, 1], [[4], [5]], 40)
+
+
+def test_layers_that_forget_are_refused(model):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 50}
+
+    def of(name, **settings):
+        config = getattr(transformers, f"{name}Config")(**sizes, **settings)
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+    for name, settings, kind in (
+        ("Mistral", {"sliding_window": 999}, "sliding_attention"),
+        ("Mamba", {}, "linear_attention"),
+        ("Qwen3", {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True,
+                   "sliding_window": 64}, "sliding_attention"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"layers of {kind}"):
+            Sampler(of(name, **settings), set(), CONFIG, None)
+    wide = of("Mistral", sliding_window=1000)  # no token of the context is out of its sight
+    check(wide, play(wide, set(), {0: [3] * 5, 1: [4] * 300}, 3)[0], 50)
 
 
 def test_sampled_frequencies_follow_the_softmax(model):
     n, temperature = 4000, 0.7
-    sampler = Sampler(model, set(), temperature, uniform(n, 1, seed=3))
+    sampler = Sampler(model, set(), replace(CONFIG, temperature=temperature), noise(*range(n)))
     replies = sampler.reply(list(range(n)), [[3, 4, 5]] * n, 1)
     counts = torch.bincount(torch.tensor([ids[0] for ids, _ in replies]), minlength=model.config.vocab_size)
     p = full_logprobs(model, [3, 4, 5], temperature)[-1].exp()
@@ -75,7 +165,7 @@ def test_sampled_frequencies_follow_the_softmax(model):
 
 
 def test_greedy_takes_the_most_likely(model):
-    sampler = Sampler(model, set(), 1.0, None)
+    sampler = Sampler(model, set(), CONFIG, None)
     ((ids, _),) = sampler.reply([0], [[3, 4, 5]], 6)
     for t in range(6):
         assert ids[t] == full_logprobs(model, [3, 4, 5, *ids[:t]], 1.0)[-1].argmax()
@@ -83,9 +173,9 @@ def test_greedy_takes_the_most_likely(model):
 
 def test_reply_ends_at_a_stop_id_or_the_limit(model):
     everything = set(range(model.config.vocab_size))
-    (reply,) = Sampler(model, everything, 1.0, uniform(1, 9)).reply([0], [[3]], 9)
+    (reply,) = Sampler(model, everything, CONFIG, noise(0)).reply([0], [[3]], 9)
     assert len(reply[0]) == 1
-    (reply,) = Sampler(model, set(), 1.0, uniform(1, 9)).reply([0], [[3]], 9)
+    (reply,) = Sampler(model, set(), CONFIG, noise(0)).reply([0], [[3]], 9)
     assert len(reply[0]) == 9
 
 
@@ -93,4 +183,4 @@ def test_logits_that_are_not_finite_stop_the_run(model):
     with torch.no_grad():
         model.get_output_embeddings().weight[:] = float("nan")
     with pytest.raises(RunStopped, match="not finite"):
-        Sampler(model, set(), 1.0, uniform(1, 9)).reply([0], [[3]], 9)
+        Sampler(model, set(), CONFIG, noise(0)).reply([0], [[3]], 9)

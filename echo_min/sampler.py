@@ -39,8 +39,9 @@ class RowCache(Cache):
         return self.keys[layer_idx][:, :, : self.size], self.values[layer_idx][:, :, : self.size]
 
     def keep(self, rows: torch.Tensor) -> None:
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
+        for stores in self.keys, self.values:
+            for layer, store in enumerate(stores):  # one at a time: never the whole cache twice
+                stores[layer] = store[rows]
 
 
 class Sampler:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from echo_min import checkpoint, report
 from echo_min.config import Config, RunStopped, parse_args
 from echo_min.echo import echo_loss, exchanged_targets, permuted_targets
+from echo_min.estimate import report as estimate_report
 from echo_min.grpo import group_advantages, grpo_loss
 from echo_min.masking import Role, observation_targets, observation_weights, pad, policy_weights
 from echo_min.optimizer import make_optimizer, optimizer_step
@@ -218,7 +219,7 @@ def main(config: Config, folder: Path, stop: threading.Event | None = None) -> N
 
 
 def cli(argv: list[str] | None = None) -> None:
-    config, folder = parse_args(argv)
+    config, folder, estimate = parse_args(argv)
     stop = threading.Event()
 
     def on_interrupt(*_) -> None:
@@ -228,6 +229,8 @@ def cli(argv: list[str] | None = None) -> None:
 
     before = signal.signal(signal.SIGINT, on_interrupt)
     try:
+        if estimate:
+            return print(estimate_report(config))
         main(config, folder, stop)
     except (ValueError, OSError, RunStopped, KeyboardInterrupt) as error:
         hint = f"\nWhat is saved stays: python train.py --resume {folder}"

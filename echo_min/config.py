@@ -152,30 +152,41 @@ class Config:
             self.save(path)
 
 
-PRESETS = {"tiny": {}}
+PAPER = dict(
+    context=16384, max_turns=16, max_action_tokens=2048, temperature=0.8, tasks_per_step=16, group_size=16,
+    learning_rate=1e-6, grad_clip=0.2, steps=500, harness="qwen", dtype="bfloat16", optimizer="adamw8bit",
+    gradient_checkpointing=True, micro_batch_tokens=16384, output_chars=10000, terminals=12, threads=0,
+)  # fmt: skip
+PRESETS = {
+    "tiny": {},
+    "qwen3_0_6b": PAPER | dict(name="qwen3_0_6b", model="Qwen/Qwen3-0.6B", terminals=16),
+    "qwen3_8b": PAPER | dict(name="qwen3_8b", model="Qwen/Qwen3-8B"),
+}
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
-    """-> (config, run folder). A wrong flag or value ends the program with one line that says what to do."""
+def parse_args(argv: list[str] | None = None) -> tuple[Config, Path, bool]:
+    """-> (config, run folder, whether only an estimate is wanted). A wrong flag or value ends the program
+    with one line that says what to do."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("--preset", default="tiny", choices=PRESETS, help="where the fields below start")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue a run after its last saved step")
+    parser.add_argument("--estimate", action="store_true", help="print memory and days it will take, and end")
     for f in fields(Config):
         kind = boolean if f.type is bool else f.type
         help = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
         options = {"type": kind, "metavar": kind.__name__, "default": argparse.SUPPRESS, "help": help}
         parser.add_argument(f"--{f.name}", **options)
     given = vars(parser.parse_args(argv))
-    preset, resume = given.pop("preset"), given.pop("resume")
+    preset, resume, estimate = (given.pop(name) for name in ("preset", "resume", "estimate"))
     try:
         if resume is None:
             config = Config(**PRESETS[preset] | given)
-            return config, config.folder
+            return config, config.folder, estimate
         if given:
             raise ValueError(f"--resume takes its settings from the run; remove --{' --'.join(given)}")
         if not (resume / "config.json").is_file():
             raise ValueError(f"--resume: {resume} holds no config.json; it is not a run folder")
-        return Config.load(resume / "config.json"), resume
+        return Config.load(resume / "config.json"), resume, estimate
     except ValueError as error:
         parser.error(str(error))
 

@@ -11,18 +11,23 @@ import torch
 
 from echo_min.config import Config
 
-LOST = (
-    "warning: AdamW rounds to the nearest bfloat16 and loses nearly every update at a learning rate of {:g};"
-    " --optimizer adamw8bit rounds stochastically"
-)
+
+def lost_updates(config: Config) -> str:
+    """A warning if these settings would train next to nothing, else ''."""
+    if config.dtype != "bfloat16" or config.optimizer != "adamw" or config.learning_rate > 1e-5:
+        return ""
+    return (
+        f"warning: learning_rate {config.learning_rate:g}: AdamW rounds bfloat16 weights to the nearest and loses"
+        " nearly every update; --optimizer adamw8bit rounds stochastically"
+    )
 
 
 def make_optimizer(model, config: Config) -> torch.optim.Optimizer:
     """AdamW over all weights; its learning rate is set by each step. Raises ValueError without torchao."""
     options = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        if model.dtype == torch.bfloat16 and config.learning_rate <= 1e-5:
-            print(LOST.format(config.learning_rate), file=sys.stderr)
+        if warning := lost_updates(config):
+            print(warning, file=sys.stderr)
         return torch.optim.AdamW(model.parameters(), **options)
     try:
         from torchao.optim import AdamW8bit  # also makes its states known to torch.load

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,8 +25,10 @@ from tqdm import tqdm
 from echo_min import checkpoint, report
 from echo_min.config import Config, RunStopped, parse_args
 from echo_min.echo import echo_loss, exchanged_targets, permuted_targets
+from echo_min.estimate import report as estimate_report
 from echo_min.grpo import group_advantages, grpo_loss
 from echo_min.masking import Role, observation_targets, observation_weights, pad, policy_weights
+from echo_min.optimizer import make_optimizer, optimizer_step
 from echo_min.policy import load_policy, on_this_machine, segment_logprobs
 from echo_min.rollout import Episode, batch_metrics, sample_episodes
 from echo_min.sft import make_base
@@ -34,6 +37,24 @@ from echo_min.worlds import load_tasks
 from eval import evaluate, expert_transcripts
 
 TRIVIAL = 0.1  # nats per token: output that the policy knew beforehand
+LOWER = {
+    "rollout": "terminals, prefill_tokens or context",
+    "update": "micro_batch_tokens, logit_mb or context, or set gradient_checkpointing",
+}
+
+
+@contextmanager
+def enough_memory(phase: str):
+    """Raises RunStopped that names the settings to lower if memory runs out in this phase of LOWER."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        of_device = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not of_device and "can't allocate memory" not in str(error):  # how torch says it on a CPU
+            raise
+        what = str(error).split("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
+        advice = f"in its config.json lower {LOWER[phase]}"
+        raise RunStopped(f"out of memory in the {phase}: {advice} ({what})") from None
 
 
 def pick_tasks(tasks: list[Task], step: int, config: Config) -> list[Task]:
@@ -112,11 +133,8 @@ def update(model, optimizer, episodes: list[Episode], arm: str, step: int, confi
     total["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
     if not torch.tensor(list(total.values())).isfinite().all():
         raise RunStopped(f"step {step}: a loss or gradient is not finite: {total}")
-    optimizer.param_groups[0]["lr"] = config.learning_rate * min(
-        1.0, (step + 1) / max(config.warmup_steps, 1)
-    )
-    optimizer.step()
-    optimizer.zero_grad()
+    warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    optimizer_step(optimizer, config.learning_rate * warm, seed=config.seed * 1_000_003 + step)
     return total | {"learning_share": (advantages != 0).float().mean().item()}
 
 
@@ -127,8 +145,9 @@ def train_arm(arm: str, config: Config, world: World, folder: Path, stop: thread
     found = checkpoint.latest(folder / arm)
     first, path = found or (-1, folder / "base" if config.makes_base else config.model)
     model, tokenizer = load_policy(path, config.device, config.dtype)
-    betas = config.beta1, config.beta2
-    optimizer = torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=config.weight_decay)
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    optimizer = make_optimizer(model, config)
     if found:
         checkpoint.restore_optimizer(path, optimizer)
     checkpoint.truncate_metrics(metrics, lambda r: r.get("arm") != arm or r["step"] <= first)
@@ -141,7 +160,8 @@ def train_arm(arm: str, config: Config, world: World, folder: Path, stop: thread
     last = {}
 
     def measure(step: int) -> None:
-        last.update(evaluate(model, tokenizer, held_out, expert, config, step))
+        with enough_memory("rollout"):
+            last.update(evaluate(model, tokenizer, held_out, expert, config, step))
         report.log(metrics, {"arm": arm, "step": step, **last}, track)
 
     if first == -1:  # nothing is saved yet
@@ -151,10 +171,13 @@ def train_arm(arm: str, config: Config, world: World, folder: Path, stop: thread
     for step in bar:
         started = time.perf_counter()
         tasks = pick_tasks(world.train, step, config)
-        episodes = sample_episodes(model, tokenizer, tasks, config.group_size, config, (1, config.seed, step))
+        with enough_memory("rollout"):
+            key = 1, config.seed, step
+            episodes = sample_episodes(model, tokenizer, tasks, config.group_size, config, key)
         record = batch_metrics(episodes)
         sampled = time.perf_counter()
-        record |= update(model, optimizer, episodes, arm, step, config, words)
+        with enough_memory("update"):
+            record |= update(model, optimizer, episodes, arm, step, config, words)
         ended = time.perf_counter()
         record |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
         history.append(record)
@@ -197,7 +220,7 @@ def main(config: Config, folder: Path, stop: threading.Event | None = None) -> N
 
 
 def cli(argv: list[str] | None = None) -> None:
-    config, folder = parse_args(argv)
+    config, folder, estimate = parse_args(argv)
     stop = threading.Event()
 
     def on_interrupt(*_) -> None:
@@ -207,6 +230,8 @@ def cli(argv: list[str] | None = None) -> None:
 
     before = signal.signal(signal.SIGINT, on_interrupt)
     try:
+        if estimate:
+            return print(estimate_report(config))
         main(config, folder, stop)
     except (ValueError, OSError, RunStopped, KeyboardInterrupt) as error:
         hint = f"\nWhat is saved stays: python train.py --resume {folder}"

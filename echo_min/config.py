@@ -162,7 +162,7 @@ PAPER = {  # section 3 and the released configuration
     "steps": 500, "tasks_per_step": 16, "group_size": 16, "temperature": 0.8, "observation_temperature": 0.8,
     "learning_rate": 1e-6, "warmup_steps": 20, "grad_clip": 0.2, "dtype": "bfloat16",
     "optimizer": "adamw8bit", "gradient_checkpointing": True, "micro_batch_tokens": 16_384, "save_every": 20,
-    "eval_every": 20, "threads": 0,
+    "eval_every": 20, "threads": 0, "terminals": 12,
 }  # fmt: skip
 PRESETS = {
     "tiny": {},
@@ -172,32 +172,34 @@ PRESETS = {
         "tasks_per_step": 4, "group_size": 4, "learning_rate": 5e-5, "eval_every": 3, "eval_tasks": 16,
         "context": 256, "max_action_tokens": 16, "save_every": 3,
     },
-    "qwen3_0_6b": PAPER | {"name": "qwen3_0_6b", "model": "Qwen/Qwen3-0.6B", "tasks": "world:tool"},
+    "qwen3_0_6b": PAPER | {"name": "qwen3_0_6b", "model": "Qwen/Qwen3-0.6B", "terminals": 16},
     "qwen3_8b": PAPER | {"name": "qwen3_8b", "model": "Qwen/Qwen3-8B", "tasks": "tasks", "backend": "docker"},
 }  # fmt: skip
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
-    """-> (config, run folder). A wrong flag or value ends the program with one line that says what to do."""
+def parse_args(argv: list[str] | None = None) -> tuple[Config, Path, bool]:
+    """-> (config, run folder, whether only an estimate is wanted). A wrong flag or value ends the program
+    with one line that says what to do."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
     parser.add_argument("--preset", default="tiny", choices=PRESETS, help="where the fields below start")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue a run after its last saved step")
+    parser.add_argument("--estimate", action="store_true", help="print memory and days it will take, and end")
     for f in fields(Config):
         kind = boolean if f.type is bool else f.type
         help = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
         options = {"type": kind, "metavar": kind.__name__, "default": argparse.SUPPRESS, "help": help}
         parser.add_argument(f"--{f.name}", **options)
     given = vars(parser.parse_args(argv))
-    preset, resume = given.pop("preset"), given.pop("resume")
+    preset, resume, estimate = (given.pop(name) for name in ("preset", "resume", "estimate"))
     try:
         if resume is None:
             config = Config(**PRESETS[preset] | given)
-            return config, config.folder
+            return config, config.folder, estimate
         if given:
             raise ValueError(f"--resume takes its settings from the run; remove --{' --'.join(given)}")
         if not (resume / "config.json").is_file():
             raise ValueError(f"--resume: {resume} holds no config.json; it is not a run folder")
-        return Config.load(resume / "config.json"), resume
+        return Config.load(resume / "config.json"), resume, estimate
     except ValueError as error:
         parser.error(str(error))
 

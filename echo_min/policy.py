@@ -15,6 +15,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from echo_min.config import Config
@@ -133,6 +134,11 @@ def segment_logprobs(
 
     targets is ids, except in a placebo. Padding must be on the right.
     """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers:  # it recomputes in training only; what is inside it stays as it is, so no dropout
+        layer.training = layer.gradient_checkpointing and torch.is_grad_enabled()
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, d]
+    for layer in layers:
+        layer.training = False  # the sampler keeps its cache
     rest = action_mask, observation_mask, action_temperature, observation_temperature
     return dual_segment_logprobs(hidden, head_weight(model), targets, *rest, logit_bytes=logit_mb << 20)

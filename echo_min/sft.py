@@ -12,6 +12,7 @@ from echo_min.checkpoint import publish
 from echo_min.config import Config, RunStopped
 from echo_min.echo import echo_loss
 from echo_min.masking import Role, Transcript, observation_targets, observation_weights, pad, policy_weights
+from echo_min.optimizer import make_optimizer, optimizer_step
 from echo_min.policy import load_policy, segment_logprobs, tiny_model, tiny_tokenizer
 from echo_min.rollout import Episode, Script, StopReason, rollout
 from echo_min.tasks import Task, World
@@ -38,12 +39,11 @@ def supervise(model, transcripts: list[Transcript], config: Config, action_weigh
     base_steps of AdamW on base_batch transcripts; the learning rate rises for a tenth of them, then falls.
     """
     rng = random.Random(f"supervise {config.seed}")
-    betas = config.beta1, config.beta2
-    optimizer = torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(model, config)
     bar = tqdm(range(config.base_steps), desc="supervised", disable=None)
     for step in bar:
         done = (step + 1) / config.base_steps
-        optimizer.param_groups[0]["lr"] = config.base_learning_rate * min(10 * done, (1 - done) / 0.9)
+        learning_rate = config.base_learning_rate * min(10 * done, (1 - done) / 0.9)
         ids, roles, _ = pad(rng.choices(transcripts, k=config.base_batch))  # [B, T]
         actions, observations = roles == Role.ACTION, observation_targets(roles)
         ids = ids.to(model.device)
@@ -51,10 +51,9 @@ def supervise(model, transcripts: list[Transcript], config: Config, action_weigh
         one_group = torch.zeros(len(ids), dtype=torch.int64)
         action_ce = echo_loss(action, policy_weights(roles, one_group)[actions].to(model.device))
         observation_ce = echo_loss(observation, observation_weights(roles)[observations].to(model.device))
-        optimizer.zero_grad()
         (action_weight * action_ce + config.base_observation_weight * observation_ce).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
+        optimizer_step(optimizer, learning_rate, seed=config.seed * 1_000_003 + step)
         bar.set_postfix_str(f"action CE {action_ce.item():.2f}, observation CE {observation_ce.item():.2f}")
 
 

@@ -1,0 +1,48 @@
+"""The optimizer: AdamW, or AdamW for bfloat16 weights whose small updates must not be rounded away.
+
+A bfloat16 number has 8 significant bits: rounding to the nearest loses an update below 1/512 of its weight,
+every time. Rounded up or down at random, with the chance that the remainder says, it is kept on average, and
+no float32 copy of the weights is needed. AdamW's two means take one byte a weight each, not two or four.
+"""
+
+import sys
+
+import torch
+
+from echo_min.config import Config
+
+
+def lost_updates(config: Config) -> str:
+    """A warning if these settings would train next to nothing, else ''."""
+    if config.dtype != "bfloat16" or config.optimizer != "adamw" or config.learning_rate > 1e-5:
+        return ""
+    return (
+        f"warning: learning_rate {config.learning_rate:g}: AdamW rounds bfloat16 weights to the nearest and loses"
+        " nearly every update; --optimizer adamw8bit rounds stochastically"
+    )
+
+
+def make_optimizer(model, config: Config) -> torch.optim.Optimizer:
+    """AdamW over all weights; its learning rate is set by each step. Raises ValueError without torchao."""
+    options = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        if warning := lost_updates(config):
+            print(warning, file=sys.stderr)
+        return torch.optim.AdamW(model.parameters(), **options)
+    try:
+        from torchao.optim import AdamW8bit  # also makes its states known to torch.load
+    except ImportError as error:
+        raise ValueError(f"optimizer: adamw8bit needs torchao: pip install '.[gpu]' ({error})") from None
+    return AdamW8bit(model.parameters(), bf16_stochastic_round=True, **options)
+
+
+def optimizer_step(optimizer, learning_rate: float, seed: int) -> None:
+    """One step, and the gradients are gone. seed decides the rounding, so a resumed run rounds alike."""
+    group = optimizer.param_groups[0]
+    if isinstance(group["lr"], torch.Tensor):  # adamw8bit: an argument of a compiled step
+        group["lr"].fill_(learning_rate)
+        torch.manual_seed(seed)  # nothing else in a run draws from torch's own generator
+    else:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()

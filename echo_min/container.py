@@ -21,7 +21,7 @@ from pathlib import Path
 from echo_min import engine
 from echo_min.bubblewrap import PIPE_BYTES, RELAY, USERS
 from echo_min.engine import ERRORS, Stream
-from echo_min.sandbox import GRACE_SECONDS, Output, TerminalDied, check_names
+from echo_min.sandbox import GRACE_SECONDS, Terminal, TerminalDied
 from echo_min.tasks import Environment, Task
 
 START_SECONDS = 60.0  # until it answers
@@ -49,16 +49,12 @@ BY_STDIN = 'IFS= read -r -d "" script; exec </dev/null; eval "$script"'
 _few_at_a_time = threading.BoundedSemaphore(8)  # to start; as many may run as there are threads
 
 
-class Container:
-    """One episode's terminal. Many may run at once in many threads; each serves one thread at a time."""
-
-    def __init__(self, task: Task, output_chars: int = 50_000):
-        self.task, self.output_chars = task, output_chars
+class Container(Terminal):
+    def __init__(self, task: Task, output_chars: int):
+        super().__init__(task, output_chars)
         self._id = self._stream = None
-        self._engine, self._mark = engine.connect(), secrets.token_hex(16)
-        check_names(task)
+        self._engine, self._mark, self._unread = engine.connect(), secrets.token_hex(16), b""
         self._answer = re.compile(self._mark.encode() + rb"(ready|late|\d{1,3})\n")
-        self._unread, self._text = b"", bytearray()  # of the command at work
         with self._guard("cannot start its container"):
             image = engine.image_of(self._engine, task)
         life, processes = engine.LIFE_SECONDS, task.limits.processes
@@ -110,17 +106,8 @@ class Container:
             files += [(f"etc/{name}", content, 0, 0o444) for name, content in USERS.items()]
             self._engine.put_archive(self._id, "/", engine.archive(files))
 
-    def run(self, command: str, timeout: float | None = None) -> Output:
-        """Run it in a fresh bash in the work folder. timeout: seconds; None means the task's command_seconds.
-
-        Its background processes live on, unless it timed out. Raises TerminalDied if the container is gone,
-        or has to go because it holds more than the task's work_mb.
-        """
-        data = command.encode(errors="replace") + b"\0"
-        if data.count(b"\0") > 1 or len(data) > PIPE_BYTES:
-            return Output("bash: the command holds a NUL byte or is too long\n", 126, False, False)
-        deadline = time.monotonic() + (self.task.limits.command_seconds if timeout is None else timeout)
-        self._text = bytearray()
+    def _command(self, data: bytes, seconds: float) -> str:
+        deadline = time.monotonic() + seconds
         if self._id is None:
             raise TerminalDied("the container is closed")
         with self._guard("its container failed"):
@@ -139,7 +126,7 @@ class Container:
                 raise TimeoutError("its relay does not answer")
             if time.monotonic() - started > QUICK_SECONDS:
                 self._check_disk()
-        return Output.of(self._text, reply, self.output_chars)
+        return reply
 
     def copy_in(self, folder: Path, target: str) -> None:
         """Copy a folder's content into the container's folder `target`, an absolute path; root owns it.
@@ -187,12 +174,6 @@ class Container:
             with contextlib.suppress(*ERRORS):  # gone already, or the engine is; the next run sweeps
                 self._engine.remove_container(gone, force=True, v=True)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
     @contextlib.contextmanager
     def _guard(self, what: str):
         """The engine's failures, as the contract has them; a terminal that failed is closed."""
@@ -222,10 +203,6 @@ class Container:
         self._keep(self._unread[: found.start()])
         self._unread = self._unread[found.end() :]
         return found[1].decode()
-
-    def _keep(self, data: bytes) -> None:
-        """As much as can be shown, and a little more: a character has up to 4 bytes."""
-        self._text += data[: max(0, 4 * self.output_chars + 4 - len(self._text))]
 
     def _check_disk(self) -> None:
         listed = self._engine.containers(filters={"id": self._id}, size=True)

@@ -33,6 +33,8 @@ from echo_min.tasks import Limits
 START_SECONDS = 10.0  # for a sandbox to come up on a crowded machine
 PIPE_BYTES = 64 * 1024  # what a pipe holds, and all that one read can find
 KEPT = 64  # idle boxes at most
+USERS = {"passwd": b"root:x:0:0::/:/bin/false\nagent:x:1000:1000::/work:/bin/bash\n",
+         "group": b"root:x:0:\nagent:x:1000:\n"}  # fmt: skip
 HELP = (
     "allow user namespaces: on Ubuntu 24.04 `sysctl kernel.apparmor_restrict_unprivileged_userns=0`"
     ", or use a Docker engine: --backend docker"
@@ -110,15 +112,17 @@ class Box:
 
     def keep(self) -> None:
         """Clear up after an episode and keep the box for the next one, or close it."""
-        clean = self.send(self.orders, b"clear\0") and self.reply(self.verdicts, START_SECONDS) == b"1 0"
-        if clean:
+        surplus = self
+        if self.send(self.orders, b"clear\0") and self.reply(self.verdicts, START_SECONDS) == b"1 0":
+            poll = select.poll()
             for end in (self.unread, self.status, self.output, self.verdicts):
-                _drain(end)
+                poll.register(end, select.POLLIN)
+            while ready := poll.poll(0):  # what nobody has read
+                for end, _ in ready:
+                    os.read(end, PIPE_BYTES)
             with _lock:
                 _kept.append(self)
                 surplus = _kept.pop(0) if len(_kept) > KEPT else None
-        else:
-            surplus = self
         if surplus:
             surplus.close()
 
@@ -145,21 +149,13 @@ def kept_box(limits: Limits, tools: dict[str, bytes]) -> Box | None:
     return None
 
 
-def _drain(end: int) -> None:
-    poll = select.poll()
-    poll.register(end, select.POLLIN)
-    while poll.poll(0):
-        os.read(end, PIPE_BYTES)
-
-
 def _files(limits: Limits, tools: dict[str, bytes]) -> dict[tuple[str, str], int]:
     """(path, permissions) in the box -> a file in memory, from which bwrap copies it there."""
     files = {
-        ("/etc/passwd", "0444"): b"root:x:0:0::/:/bin/false\nagent:x:1000:1000::/work:/bin/bash\n",
-        ("/etc/group", "0444"): b"root:x:0:\nagent:x:1000:\n",
         ("/opt/relay", "0444"): (_settings(limits) + RELAY).encode(),
         ("/opt/filter", "0444"): _syscall_filter(),
     }
+    files |= {(f"/etc/{name}", "0444"): content for name, content in USERS.items()}
     files |= {(f"/opt/tools/{name}", "0555"): content for name, content in tools.items()}
     for key, content in files.items():
         files[key] = os.memfd_create("file")

@@ -10,30 +10,30 @@ A generated task's agent is a plain user without capabilities, its verifier root
 """
 
 import contextlib
-import io
 import json
 import math
 import re
 import secrets
-import tarfile
 import threading
 import time
 from pathlib import Path
 
-import docker
-
 from echo_min import engine
-from echo_min.bubblewrap import PIPE_BYTES, RELAY
+from echo_min.bubblewrap import PIPE_BYTES, RELAY, USERS
 from echo_min.engine import ERRORS, Stream
-from echo_min.sandbox import GRACE_SECONDS, Output, TerminalDied, check_names
+from echo_min.sandbox import GRACE_SECONDS, Terminal, TerminalDied
 from echo_min.tasks import Environment, Task
 
 START_SECONDS = 60.0  # until it answers
 DISK_SECONDS = 2.0  # between looks at how much a command has written
 QUICK_SECONDS = 0.1  # a command that takes no longer is not looked at
-CLEAR = """PATH=/usr/bin:/bin:/usr/sbin:/sbin; set -- /tests /logs/verifier
-[[ -e $1 || -L $1 || -e $2 || -L $2 ]] || exit 0
-exec rm -rf -- "$@" """
+CLEAR = """PATH=/usr/bin:/bin:/usr/sbin:/sbin
+rm -rf -- /tests /logs/verifier && mkdir -p /logs/verifier && chmod 777 /logs/verifier"""
+# The name of the verifier's file, then what is in it, if it is one.
+REWARD = """PATH=/usr/bin:/bin:/usr/sbin:/sbin; exec 2>/dev/null
+cd /logs/verifier && for file in reward.json reward.txt; do
+    [[ -e $file || -L $file ]] && echo $file && [[ -f $file && ! -L $file ]] && exec head -c 65536 $file
+done"""
 # Ahead of the relay. Its clock: a read from a pipe that nobody writes to, then a signal of its own. That ends
 # a `wait` but not a `read`: it gets an empty command. (A time limit on `read` makes bash mortal to TERM.)
 PRELUDE = """exec 2>&1; export LC_ALL=C; trap exit RTMIN+9
@@ -46,22 +46,17 @@ mark={mark} processes={processes} limits='-c 0'
 # Where the agent can't read it, as it could a process's arguments. Nor does anything come before it is sent:
 # what an engine says together with its headers is lost in the client's buffer.
 BY_STDIN = 'IFS= read -r -d "" script; exec </dev/null; eval "$script"'
-USERS = {"passwd": b"root:x:0:0::/root:/bin/bash\nagent:x:1000:1000::/work:/bin/bash\n",
-         "group": b"root:x:0:\nagent:x:1000:\n"}  # fmt: skip
 _few_at_a_time = threading.BoundedSemaphore(8)  # to start; as many may run as there are threads
 
 
-class Container:
-    """One episode's terminal. Many may run at once in many threads; each serves one thread at a time."""
-
-    def __init__(self, task: Task, output_chars: int = 50_000):
-        self.task, self.output_chars = task, output_chars
+class Container(Terminal):
+    def __init__(self, task: Task, output_chars: int):
+        super().__init__(task, output_chars)
         self._id = self._stream = None
-        self._engine, self._mark = engine.connect(), secrets.token_hex(16)
-        check_names(task)
+        self._engine, self._mark, self._unread = engine.connect(), secrets.token_hex(16), b""
         self._answer = re.compile(self._mark.encode() + rb"(ready|late|\d{1,3})\n")
-        self._unread, self._text = b"", bytearray()  # of the command at work
-        image = engine.image_of(self._engine, task)
+        with self._guard("cannot start its container"):
+            image = engine.image_of(self._engine, task)
         life, processes = engine.LIFE_SECONDS, task.limits.processes
         prelude = PRELUDE.format(life=life, mark=self._mark, processes=processes)
         with _few_at_a_time, self._guard("cannot start its container"):
@@ -77,7 +72,9 @@ class Container:
 
     def _create(self, image: str) -> None:
         """A container that is not started yet, with the task's files in it."""
-        task, asked = self.task, self.task.environment or Environment(Path())
+        task, generated = self.task, not self.task.environment
+        variables = {"HOME": "/work", "PATH": "/opt/tools:/usr/bin:/bin"}
+        asked = task.environment or Environment(Path(), workdir="/work", env=variables)
         limits = {
             "mem_limit": task.limits.memory_mb * 2**20,
             "memswap_limit": task.limits.memory_mb * 2**20,
@@ -85,41 +82,32 @@ class Container:
             "pids_limit": task.limits.processes + 16,  # room for the verifier to start
             "security_opt": ["no-new-privileges:true"],
             "network_mode": engine.network(self._engine) if asked.network else "none",
-            "cap_drop": ["NET_RAW"] if task.environment else ["ALL"],  # raw frames reach neighbours
+            "cap_drop": ["ALL"] if generated else ["NET_RAW"],  # raw frames reach neighbours
             "log_config": {"type": "none"},  # else what is printed fills the engine's disk
             "auto_remove": True,
         }
-        user = {"environment": asked.env, "working_dir": asked.workdir or None}
-        if not task.environment:
-            variables = {"HOME": "/work", "PATH": "/opt/tools:/usr/bin:/bin"}
-            user = {"user": "1000:1000", "working_dir": "/work", "environment": variables}
         self._id = self._engine.create_container(
             image,
             ["bash", "-c", 'read -r -d "" relay; eval "$relay"'],  # by stdin, so that `ps` stays short
+            user="1000:1000" if generated else None,
+            environment=asked.env,
+            working_dir=asked.workdir or None,
             hostname="sandbox",
             stdin_open=True,  # and, not detached, closed when the host's connection is
             labels={engine.LABEL: engine.this_run()},
             host_config=self._engine.create_host_config(**limits),
             use_config_proxy=False,
-            **user,
         )["Id"]
-        if not task.environment:
-            files = [(f"work/{name}", content, 1000, 0o644) for name, content in task.files.items()]
+        if generated:
+            folders = {str(folder) for name in task.files for folder in Path("work", name).parents[:-1]}
+            files = [(name, None, 1000, 0o755) for name in sorted({"work", *folders})]
+            files += [(f"work/{name}", content, 1000, 0o644) for name, content in task.files.items()]
             files += [(f"opt/tools/{name}", content, 0, 0o555) for name, content in task.tools.items()]
             files += [(f"etc/{name}", content, 0, 0o444) for name, content in USERS.items()]
-            self._engine.put_archive(self._id, "/", engine.archive([("work", None, 1000, 0o755), *files]))
+            self._engine.put_archive(self._id, "/", engine.archive(files))
 
-    def run(self, command: str, timeout: float | None = None) -> Output:
-        """Run it in a fresh bash in the work folder. timeout: seconds; None means the task's command_seconds.
-
-        Its background processes live on, unless it timed out. Raises TerminalDied if the container is gone,
-        or has to go because it holds more than the task's work_mb.
-        """
-        data = command.encode(errors="replace") + b"\0"
-        if data.count(b"\0") > 1 or len(data) > PIPE_BYTES:
-            return Output("bash: the command holds a NUL byte or is too long\n", 126, False, False)
-        deadline = time.monotonic() + (self.task.limits.command_seconds if timeout is None else timeout)
-        self._text = bytearray()
+    def _command(self, data: bytes, seconds: float) -> str:
+        deadline = time.monotonic() + seconds
         if self._id is None:
             raise TerminalDied("the container is closed")
         with self._guard("its container failed"):
@@ -138,15 +126,15 @@ class Container:
                 raise TimeoutError("its relay does not answer")
             if time.monotonic() - started > QUICK_SECONDS:
                 self._check_disk()
-        return Output.of(self._text, reply, self.output_chars)
+        return reply
 
-    def copy_in(self, folder: Path, target: str, *empty: str) -> None:
-        """Copy a folder's content into the container's folder `target`; root owns it. empty: more folders.
+    def copy_in(self, folder: Path, target: str) -> None:
+        """Copy a folder's content into the container's folder `target`, an absolute path; root owns it.
 
-        All are absolute paths. Raises TerminalDied.
+        Raises TerminalDied.
         """
         with self._guard(f"cannot copy {folder} into its container"):
-            self._engine.put_archive(self._id, "/", engine.archive_of(folder, target, *empty))
+            self._engine.put_archive(self._id, "/", engine.archive_of(folder, target))
 
     def verify(self) -> float:
         """The reward, as the task's verifier says. Raises TerminalDied when it says none."""
@@ -159,24 +147,23 @@ class Container:
             self._exec("opening its files", "chmod -R a+rX /work", START_SECONDS)
             code, said = self._exec(verifier, task.verify, seconds, user="root")
             if code not in (0, 1):
-                self._no_verdict(f"exited with {code}, not 0 or 1: {said}")
+                self._die(f"{verifier} exited with {code}, not 0 or 1: {said}")
             return 1.0 - code
         code, said = self._exec("clearing the verifier's folders", CLEAR, START_SECONDS, user="root")
         if code != 0:
-            self._die(f"cannot clear /tests and /logs/verifier for the verifier of {task.name}: {said}")
-        self.copy_in(task.environment.folder / "tests", "/tests", "/logs/verifier")
-        options = {"environment": task.environment.verifier_env}
-        code, said = self._exec(verifier, task.verify, seconds, **options)
-        for name, parse in (("reward.json", _json_reward), ("reward.txt", float)):
-            if (text := self._read(f"/logs/verifier/{name}")) is None:
-                continue
-            try:
-                if math.isfinite(reward := parse(text)):
-                    return reward
-            except (ValueError, OverflowError, RecursionError):
-                pass
-            self._no_verdict(f"left a malformed {name}, {text!r:.80}; it exited with {code}: {said}")
-        self._no_verdict(f"left no reward in /logs/verifier; it exited with {code}: {said}")
+            self._die(f"cannot clear /tests and /logs/verifier for {verifier}: {said}")
+        self.copy_in(task.environment.folder / "tests", "/tests")
+        code, said = self._exec(verifier, task.verify, seconds, environment=task.environment.verifier_env)
+        _, left = self._exec("reading the reward", REWARD, START_SECONDS, keep=2 * PIPE_BYTES, user="root")
+        name, _, text = left.partition("\n")
+        try:
+            reward = _json_reward(text) if name == "reward.json" else float(text)
+        except (ValueError, OverflowError, RecursionError):
+            reward = math.nan
+        if not math.isfinite(reward):
+            found = f"a malformed {name}, {text!r:.80}" if name else "no reward in /logs/verifier"
+            self._die(f"{verifier} left {found}; it exited with {code}: {said}")
+        return reward
 
     def close(self) -> None:
         """Remove the container and all that runs in it; may be called again."""
@@ -186,12 +173,6 @@ class Container:
         if gone:
             with contextlib.suppress(*ERRORS):  # gone already, or the engine is; the next run sweeps
                 self._engine.remove_container(gone, force=True, v=True)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
 
     @contextlib.contextmanager
     def _guard(self, what: str):
@@ -208,9 +189,6 @@ class Container:
         self.close()
         raise TerminalDied(reason)
 
-    def _no_verdict(self, what: str):
-        self._die(f"the verifier of {self.task.name} {what}")
-
     def _reply(self, deadline: float) -> str | None:
         """What the relay says; None if it says nothing in time. What comes before that is the output."""
         while not (found := self._answer.search(self._unread)):
@@ -226,18 +204,14 @@ class Container:
         self._unread = self._unread[found.end() :]
         return found[1].decode()
 
-    def _keep(self, data: bytes) -> None:
-        """As much as can be shown, and a little more: a character has up to 4 bytes."""
-        self._text += data[: max(0, 4 * self.output_chars + 4 - len(self._text))]
-
     def _check_disk(self) -> None:
         listed = self._engine.containers(filters={"id": self._id}, size=True)
         size = listed[0].get("SizeRw", 0) if listed else 0
         if size < 0 or size > self.task.limits.work_mb * 2**20:  # below 0: the engine could not count it
             raise OSError(f"it holds more than {self.task.limits.work_mb} MiB")
 
-    def _exec(self, what: str, script: str, seconds: float, **options) -> tuple[int, str]:
-        """Run a script of ours. -> exit code, the end of what it printed. Raises TerminalDied when late."""
+    def _exec(self, what: str, script: str, seconds: float, keep: int = 500, **options) -> tuple[int, str]:
+        """Run a script of ours. -> exit code, the last bytes of its output. Raises TerminalDied when late."""
         said, deadline = b"", time.monotonic() + seconds
         command = ["bash", "--norc", "--noprofile", "-c", BY_STDIN]
         with self._guard(f"{what}, limited to {seconds:g} s, failed"):
@@ -247,7 +221,7 @@ class Container:
                 stream.send(script.encode() + b"\0")
                 while (left := deadline - time.monotonic()) > 0:
                     try:
-                        said = (said + stream.receive(min(left, DISK_SECONDS)))[-2000:]
+                        said = (said + stream.receive(min(left, DISK_SECONDS)))[-keep:]
                     except TimeoutError:
                         self._check_disk()
             except EOFError:
@@ -258,26 +232,7 @@ class Container:
                 if time.monotonic() > deadline:
                     raise TimeoutError("it did not end in time")
                 time.sleep(0.01)
-        return code, said.decode(errors="replace").strip()[-500:]
-
-    def _read(self, path: str) -> str | None:
-        """A short text file in the container; None if there is none."""
-        with self._guard(f"cannot read {path}"):
-            try:
-                chunks, _ = self._engine.get_archive(self._id, path)
-            except docker.errors.NotFound:
-                return None
-            data = b""
-            for chunk in chunks:
-                data += chunk
-                if len(data) > 2 * PIPE_BYTES:  # a folder's or a sparse file's size says little
-                    chunks.close()
-                    return "(too long)"
-            with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-                entry = tar.next()
-                if not (entry and entry.isreg()):
-                    return "(not a file)"
-                return tar.extractfile(entry).read().decode(errors="replace")
+        return code, said.decode(errors="replace").strip()
 
 
 def _json_reward(text: str) -> float:

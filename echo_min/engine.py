@@ -18,7 +18,6 @@ import requests
 import urllib3
 
 from echo_min.config import RunStopped
-from echo_min.sandbox import TerminalDied
 from echo_min.tasks import Task
 
 BASE = os.environ.get("ECHO_MIN_BASE_IMAGE", "")  # instead of a public one, where no registry is reached
@@ -94,7 +93,7 @@ def network(client: docker.APIClient) -> str:
 
 
 def image_of(client: docker.APIClient, task: Task) -> str:
-    """The name of the task's image, which is then on the engine. Raises TerminalDied that says why not."""
+    """The name of the task's image, which is then on the engine. Raises one of ERRORS that says why not."""
     environment = task.environment
     if environment is None or environment.image:
         name = environment.image if environment else BASE or DEFAULT
@@ -102,65 +101,52 @@ def image_of(client: docker.APIClient, task: Task) -> str:
         name = f"echo_min:{_digest(environment.folder / 'environment')}"
     with _locks.setdefault(name, threading.Lock()):
         if name not in _known:
-            with _few_at_a_time:
-                _known[name] = _make(client, task, name)
+            try:
+                client.inspect_image(name)
+                _known[name] = ""
+            except docker.errors.ImageNotFound:
+                with _few_at_a_time:
+                    _known[name] = _make(client, task, name)
     if failure := _known[name]:
-        raise TerminalDied(f"task {task.name}: no image {name}: {' '.join(failure.split())}")
+        raise OSError(f"no image {name}: {' '.join(failure.split())}")
     return name
 
 
 def _make(client: docker.APIClient, task: Task, name: str) -> str:
-    """-> why it could not be made, or nothing."""
-    try:
-        client.inspect_image(name)
-        return ""
-    except docker.errors.ImageNotFound:
-        pass
-    except ERRORS as error:
-        raise TerminalDied(f"task {task.name}: {error}") from error
+    """Build or pull an image. -> why it could not be made, or nothing."""
     build = name.startswith("echo_min:")
+    seconds = task.environment.build_seconds if build else PULL_SECONDS
     what, started = f"{task.name}: {'building' if build else 'pulling'} {name}", time.monotonic()
     print(f"{what} ...", file=sys.stderr, flush=True)
-    seconds = task.environment.build_seconds if build else PULL_SECONDS
-    outcome: list[str | Exception] = []
+    said, outcome = [], []
 
     def work() -> None:
         try:
-            outcome.append(_build(client, task, name, seconds) if build else _pull(client, name, seconds))
+            if build:
+                options = {"buildargs": {"BASE": BASE} if BASE else {}, "rm": True, "forcerm": True}
+                folder = str(task.environment.folder / "environment")
+                lines = client.build(folder, tag=name, decode=True, timeout=seconds, **options)
+            else:
+                lines = client.pull(name, stream=True, decode=True)
+            for line in lines:
+                said.append(line.get("stream", ""))
+                if "error" in line:
+                    return outcome.append(line["error"])
+                if time.monotonic() - started > seconds:
+                    return None  # leaving the loop ends the build
+            outcome.append("")
         except ERRORS as error:
             outcome.append(error)
 
     thread = threading.Thread(target=work, daemon=True)  # a pull that stalls has no time limit of its own
     thread.start()
     thread.join(seconds + 1)
-    if not outcome:
-        return f"not done after {seconds:g} s"
-    if isinstance(outcome[0], Exception):  # not remembered: the engine may be back
-        raise TerminalDied(f"task {task.name}: no image {name}: {outcome[0]}") from outcome[0]
+    failure = outcome[0] if outcome else f"not done after {seconds:g} s"
+    if isinstance(failure, Exception):  # not remembered: the engine may be back
+        raise OSError(f"no image {name}: {failure}") from failure
+    if failure:
+        return f"{failure}: {''.join(said)[-500:]}"
     print(f"{what}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    return outcome[0]
-
-
-def _build(client: docker.APIClient, task: Task, name: str, seconds: float) -> str:
-    folder, arguments = str(task.environment.folder / "environment"), {"BASE": BASE} if BASE else {}
-    options = {"buildargs": arguments, "rm": True, "forcerm": True, "timeout": seconds}
-    return _end_of(client.build(folder, tag=name, decode=True, **options), seconds)
-
-
-def _pull(client: docker.APIClient, name: str, seconds: float) -> str:
-    repository, tag = docker.utils.parse_repository_tag(name)
-    return _end_of(client.pull(repository, tag or "latest", stream=True, decode=True), seconds)
-
-
-def _end_of(lines, seconds: float) -> str:
-    """Read what the engine says to its end. -> why it failed, or nothing."""
-    said, deadline = "", time.monotonic() + seconds
-    for line in lines:
-        said = (said + line.get("stream", ""))[-500:]
-        if "error" in line:
-            return f"{line['error']}: {said}"
-        if time.monotonic() > deadline:  # leaving the loop ends the build
-            return f"not done after {seconds:g} s: {said}"
     return ""
 
 
@@ -207,26 +193,21 @@ class Stream:
 
 
 def archive(entries: list[tuple[str, bytes | None, int, int]]) -> bytes:
-    """A tar of (path, content or None for a folder, owner, permissions); its folders belong to the owner."""
-    buffer, seen = io.BytesIO(), {"opt", "etc"}
+    """A tar of (path, content or None for a folder, owner, permissions)."""
+    buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for path, content, owner, mode in entries:
-            parents = [(str(p), None, owner, 0o755) for p in reversed(Path(path).parents[:-1])]
-            for name, data, uid, bits in [*parents, (path, content, owner, mode)]:
-                if name in seen:
-                    continue
-                seen.add(name)
-                entry = tarfile.TarInfo(name)
-                entry.uid = entry.gid = uid
-                entry.mode, entry.size = bits, len(data or b"")
-                entry.type = tarfile.DIRTYPE if data is None else tarfile.REGTYPE
-                tar.addfile(entry, io.BytesIO(data or b""))
+            entry = tarfile.TarInfo(path)
+            entry.uid = entry.gid = owner
+            entry.mode, entry.size = mode, len(content or b"")
+            entry.type = tarfile.DIRTYPE if content is None else tarfile.REGTYPE
+            tar.addfile(entry, io.BytesIO(content or b""))
     return buffer.getvalue()
 
 
-def archive_of(folder: Path, target: str, *empty: str) -> bytes:
+def archive_of(folder: Path, target: str) -> bytes:
     """A tar of what is in the folder, as content of `target`, owned by root, for all to read (and run, if it
-    is a shell script); and of empty folders for all."""
+    is a shell script)."""
 
     def owned_by_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         entry.uid = entry.gid = 0
@@ -237,8 +218,4 @@ def archive_of(folder: Path, target: str, *empty: str) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         tar.add(folder, target.strip("/"), filter=owned_by_root)
-        for path in empty:
-            entry = tarfile.TarInfo(path.strip("/"))
-            entry.type, entry.mode = tarfile.DIRTYPE, 0o777
-            tar.addfile(entry)
     return buffer.getvalue()

@@ -12,6 +12,7 @@ import random
 import re
 import shlex
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 from echo_min.tasks import Environment, Limits, Task, World
@@ -52,8 +53,7 @@ def harbor_task(folder: Path, allow_network: bool = False) -> Task:
             raise ValueError(f"{path}: {key}: {version!r} is not 1.0, 1.1 or 1.2")
     agent, verifier, env = (_Table(path, settings, key) for key in ("agent", "verifier", "environment"))
     image = env.text("docker_image")
-    needed = ["instruction.md", "tests/test.sh", *([] if image else ["environment/Dockerfile"])]
-    for name in needed:
+    for name in ("instruction.md", "tests/test.sh", *([] if image else ["environment/Dockerfile"])):
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name}: missing, or not a file")
     try:
@@ -63,7 +63,7 @@ def harbor_task(folder: Path, allow_network: bool = False) -> Task:
     for name in ("docker-compose.yaml", "docker-compose.yml"):
         if (found := folder / "environment" / name).exists():
             raise ValueError(f"{found}: tasks of several containers are not supported")
-    if env.number("gpus", 0.0, at_least=0):
+    if env.values.get("gpus"):
         raise ValueError(f"{path}: [environment] gpus: containers get no GPU here")
     if verifier.values.get("environment_mode") == "separate":
         raise ValueError(f"{path}: [verifier] environment_mode: only a verifier in the agent's own container")
@@ -104,51 +104,46 @@ class _Table:
         if not isinstance(self.values, dict):
             raise ValueError(f"{path}: {name}: expected a table [{name}], got {self.values!r:.80}")
 
-    def number(self, key: str, default: float, at_least: float = 1e-3) -> float:
+    def get(self, key: str, default, expected: str, valid: Callable):
         value = self.values.get(key, default)
-        if type(value) not in (int, float) or not (at_least <= value <= 1e9 or value == default):
-            self._refuse(key, "a number above 0" if at_least else "a number, 0 or more")
-        return float(value)
+        if not valid(value):
+            raise ValueError(f"{self.path}: [{self.name}] {key}: expected {expected}, got {value!r:.80}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        def valid(value) -> bool:
+            return type(value) in (int, float) and (1e-3 <= value <= 1e9 or value == default)
+
+        return float(self.get(key, default, "a number above 0", valid))
 
     def text(self, key: str) -> str:
-        value = self.values.get(key) or ""
-        if not isinstance(value, str) or not value.isprintable():
-            self._refuse(key, "a line of text")
-        return value
+        return self.get(key, "", "a line of text", lambda v: isinstance(v, str) and v.isprintable())
 
     def texts(self, key: str) -> dict[str, str]:
-        value = self.values.get(key, {})
-        names = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-        if not isinstance(value, dict) or not all(
-            names.fullmatch(k) and isinstance(v, str) and "\0" not in v for k, v in value.items()
-        ):
-            self._refuse(key, "a table of names and texts")
-        return value
+        def valid(value) -> bool:
+            return isinstance(value, dict) and all(
+                re.fullmatch(r"[A-Za-z_]\w*", k, re.ASCII) and isinstance(v, str) and "\0" not in v
+                for k, v in value.items()
+            )
+
+        return self.get(key, {}, "a table of names and texts", valid)
 
     def size(self, key: str, default: int) -> int:
         """MiB, from KEY_mb (a number) or the older KEY ("2G")."""
         if f"{key}_mb" in self.values:
             return math.ceil(self.number(f"{key}_mb", default))
-        value = self.values.get(key, f"{default}M")
-        form = r"(\d{1,9}(?:\.\d{1,9})?) ?([KMGT])i?B?"
-        match = re.fullmatch(form, value) if isinstance(value, str) else None
-        size = math.ceil(float(match[1]) * 1024.0 ** ("KMGT".index(match[2]) - 1)) if match else 0
-        if not 0 < size <= 1e9:
-            self._refuse(key, 'a size like "2G"')
-        return size
+
+        def mib(value) -> int:
+            match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([KMGT])i?B?", str(value))
+            return math.ceil(float(match[1]) * 1024.0 ** ("KMGT".index(match[2]) - 1)) if match else 0
+
+        return mib(self.get(key, f"{default}M", 'a size like "2G"', lambda v: 0 < mib(v) <= 1e9))
 
     def network(self) -> bool:
-        mode, asked = self.values.get("network_mode"), self.values.get("allow_internet", True)
-        if mode not in (None, "public", "no-network"):
-            self._refuse("network_mode", '"public" or "no-network"')
-        if not isinstance(asked, bool):
-            self._refuse("allow_internet", "true or false")
+        modes = None, "public", "no-network"
+        mode = self.get("network_mode", None, '"public" or "no-network"', lambda v: v in modes)
+        asked = self.get("allow_internet", True, "true or false", lambda v: isinstance(v, bool))
         return asked if mode is None else mode == "public"
-
-    def _refuse(self, key: str, expected: str):
-        raise ValueError(
-            f"{self.path}: [{self.name}] {key}: expected {expected}, got {self.values.get(key)!r:.80}"
-        )
 
 
 def harbor_world(folder: Path, allow_network: bool = False) -> World:

@@ -33,18 +33,12 @@ class Output:
     timed_out: bool
     truncated: bool  # text is only the first output_chars characters
 
-    @classmethod
-    def of(cls, data: bytes, said: str, output_chars: int) -> "Output":
-        """From what was printed and what the relay said: an exit code or "late"."""
-        text, late = data.decode(errors="replace"), said == "late"
-        return cls(text[:output_chars], 124 if late else int(said), late, len(text) > output_chars)
-
 
 class TerminalDied(RuntimeError):
     """The environment itself is gone, or the verifier gave no verdict. Says nothing about the agent."""
 
 
-def open_terminal(task: Task, backend: str = "sandbox", output_chars: int = 50_000):
+def open_terminal(task: Task, backend: str = "sandbox", output_chars: int = 50_000) -> "Terminal":
     """A terminal in a fresh copy of the task's work folder, for a `with` block.
 
     backend: "sandbox" (bubblewrap) or "docker" (the engine that DOCKER_HOST names). output_chars:
@@ -62,12 +56,49 @@ def open_terminal(task: Task, backend: str = "sandbox", output_chars: int = 50_0
     return Sandbox(task, output_chars)
 
 
-class Sandbox:
-    """One episode's terminal. Many may run at once in many threads; each serves one thread at a time."""
+class Terminal:
+    """One episode's terminal. Many may run at once in many threads; each serves one thread at a time.
 
-    def __init__(self, task: Task, output_chars: int = 50_000):
+    What each backend has of its own: _command, verify and close.
+    """
+
+    def __init__(self, task: Task, output_chars: int):
+        """Raises ValueError for a file or tool that would lie elsewhere."""
         self.task, self.output_chars = task, output_chars
         self._text = bytearray()  # of the command at work
+        for name in [*task.files, *task.tools]:
+            if not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
+                raise ValueError(f"task {task.name}: file {name!r} must have a path below the work folder")
+
+    def run(self, command: str, timeout: float | None = None) -> Output:
+        """Run it in a fresh bash in the work folder. timeout: seconds; None means the task's command_seconds.
+
+        Its background processes live on, unless it timed out. Raises TerminalDied if the environment is gone,
+        or has to go because it holds more than the task's work_mb.
+        """
+        data = command.encode(errors="replace") + b"\0"
+        if data.count(b"\0") > 1 or len(data) > PIPE_BYTES:
+            return Output("bash: the command holds a NUL byte or is too long\n", 126, False, False)
+        self._text = bytearray()
+        said = self._command(data, self.task.limits.command_seconds if timeout is None else timeout)
+        text, late = self._text.decode(errors="replace"), said == "late"
+        n = self.output_chars
+        return Output(text[:n], 124 if late else int(said), late, len(text) > n)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _keep(self, data: bytes) -> None:
+        """As much as can be shown, and a little more: a character has up to 4 bytes."""
+        self._text += data[: max(0, 4 * self.output_chars + 4 - len(self._text))]
+
+
+class Sandbox(Terminal):
+    def __init__(self, task: Task, output_chars: int):
+        super().__init__(task, output_chars)
         layout = _layout(task)
         self._box = kept_box(task.limits, task.tools)
         if self._box is None or self._open(layout) is not None:  # a kept box may have died
@@ -90,20 +121,10 @@ class Sandbox:
             raise ValueError(f"task {self.task.name}: its files exceed work_mb, or their names clash")
         return said
 
-    def run(self, command: str, timeout: float | None = None) -> Output:
-        """Run it in a fresh bash in the work folder. timeout: seconds; None means the task's command_seconds.
-
-        Its background processes live on, unless it timed out. Raises TerminalDied if the sandbox is gone.
-        """
-        data = command.encode(errors="replace") + b"\0"
-        if data.count(b"\0") > 1 or len(data) > PIPE_BYTES:
-            return Output("bash: the command holds a NUL byte or is too long\n", 126, False, False)
-        timeout = self.task.limits.command_seconds if timeout is None else timeout
-        deadline = time.monotonic() + timeout
-        self._text = bytearray()
-        box = self._alive()
+    def _command(self, data: bytes, seconds: float) -> str:
+        deadline, box = time.monotonic() + seconds, self._alive()
         self._send(box.requests, data)
-        reply = box.reply(box.status, timeout, self._collect)
+        reply = box.reply(box.status, seconds, self._collect)
         while reply is None and time.monotonic() < deadline + GRACE_SECONDS:
             # Repeated: bash may have been just before `wait`. Acknowledged: none may hit the next command.
             self._send(box.orders, b"late\0")
@@ -113,7 +134,7 @@ class Sandbox:
         if not re.fullmatch(rb"late|\d{1,3}", reply or b""):
             self._die("the sandbox " + ("does not answer" if reply is None else f"broke down: {reply!r}"))
         self._collect()
-        return Output.of(self._text, reply.decode(), self.output_chars)
+        return reply.decode()
 
     def verify(self) -> float:
         """1.0 or 0.0, as the task's verifier says. Raises TerminalDied when it says neither."""
@@ -132,12 +153,6 @@ class Sandbox:
         if box:
             box.keep()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
     def _alive(self) -> Box:
         if self._box is None:
             raise TerminalDied("the sandbox is closed")
@@ -153,26 +168,18 @@ class Sandbox:
             self._die("the sandbox does not listen")
 
     def _collect(self) -> int:
-        """Take what is in the output pipe; keep as much as can be shown: a character has up to 4 bytes."""
+        """Take what is in the output pipe. -> how many bytes"""
         try:
             data = os.read(self._box.output, PIPE_BYTES)
         except BlockingIOError:
             return 0
-        self._text += data[: max(0, 4 * self.output_chars + 4 - len(self._text))]
+        self._keep(data)
         return len(data)
-
-
-def check_names(task: Task) -> None:
-    """Raises ValueError for a file or tool that would lie elsewhere."""
-    for name in [*task.files, *task.tools]:
-        if not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
-            raise ValueError(f"task {task.name}: file {name!r} must have a path below the work folder")
 
 
 def _layout(task: Task) -> bytes:
     """The work folder's files as a bash script of builtins (a fork costs as much as the rest of it)."""
     lines, folders = [], set()
-    check_names(task)
     for name, content in task.files.items():
         folder, path = os.path.dirname(name), shlex.quote(f"/work/{name}")
         if folder and folder not in folders:

@@ -33,7 +33,7 @@ SECTOR = 32  # bytes: the least that a GPU's memory moves
 
 def compiled(kernel, arch: int, dtype: str, aligned: bool = True):
     """A kernel of logit_rows compiled for logits of dtype "bf16" or "fp32". aligned: V is divisible by 16."""
-    constants = {"ENTROPY": True, "MOVED": True, "BLOCK": logit_rows.BLOCK}
+    constants = {"MOVED": True, "BLOCK": logit_rows.BLOCK}
     types = {"x": f"*{dtype}", "y": "*i64", "src": "*i64", "first": "i32", "V": "i32"}
     types |= dict.fromkeys(constants, "constexpr")
     names = kernel.arg_names

@@ -196,8 +196,7 @@ def limits(inputs: dict, rounds: int, device: str):
         "forward GEMM": (lambda: torch.mm(hidden, weight.t(), out=x), 0),
         "dh GEMM": (lambda: torch.mm(x, weight, out=dh), 0),
         "dW GEMM": (lambda: torch.mm(x.t(), hidden, out=dW), 0),
-        "forward rows": (lambda: logit_rows.forward_rows(x, targets, ones, stats, 0, False), 1),
-        "forward rows, entropy": (lambda: logit_rows.forward_rows(x, targets, ones, stats), 1),
+        "forward rows": (lambda: logit_rows.forward_rows(x, targets, ones, stats), 1),
         "backward rows": (
             lambda: logit_rows.backward_rows_(x, None, targets, ones, stats.xmax, stats.total.log(), ones),
             2,

@@ -1,4 +1,4 @@
-"""Rows of logits: log-probability, entropy and gradient of one token a row, each in one pass over the logits.
+"""Rows of logits: log-probability and gradient of one token a row, each in one pass over the logits.
 
 Axis letters: n rows, V columns: the vocabulary or a slice of it that begins at column `first`. See
 segment_logprob.py for the equations and for who calls this.
@@ -30,25 +30,20 @@ LOWEST = torch.finfo(torch.float32).min  # where a running maximum starts: -inf 
 class Stats(NamedTuple):
     """What is known of each row after some of its columns, each [n], float32 or float64.
 
-    xmax is the largest logit. With u = (x - xmax) / tau, total is the sum of exp(u), moment that of u exp(u).
-    lse = xmax / tau + log total stays in these two parts: huge logits would round their sum away.
+    xmax is the largest logit, total the sum of exp((x - xmax) / tau). lse = xmax / tau + log total stays in
+    these two parts: huge logits would round their sum away.
     """
 
     chosen: Tensor  # the target's logit, once its column was seen
     xmax: Tensor
     total: Tensor
-    moment: Tensor  # of use only if every forward_rows had want_entropy
 
     @classmethod
     def empty(cls, inv_tau: Tensor):
-        total, moment = inv_tau.new_zeros(2, len(inv_tau))
-        return cls(torch.empty_like(inv_tau), torch.full_like(inv_tau, LOWEST), total, moment)
+        return cls(torch.empty_like(inv_tau), torch.full_like(inv_tau, LOWEST), torch.zeros_like(inv_tau))
 
     def logp(self, inv_tau: Tensor) -> Tensor:
         return (self.chosen - self.xmax) * inv_tau - self.total.log()
-
-    def entropy(self) -> Tensor:
-        return self.total.log() - self.moment / self.total
 
 
 # ---- in Triton: one program a row ----
@@ -57,39 +52,25 @@ if triton:
     TL_LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
 
     @triton.jit
-    def forward_kernel(
-        x, y, inv_tau, chosen, xmax, total, moment, first, V, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
-    ):
+    def forward_kernel(x, y, inv_tau, chosen, xmax, total, first, V, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)  # row * V passes 2^31
         x += row * V
         c = tl.load(inv_tau + row) * TL_LOG2_E
         LANES: tl.constexpr = BLOCK // 4
         lane = tl.arange(0, LANES)
         tile = tl.arange(0, 4)[:, None] * LANES + lane[None, :]
-        # Every lane keeps its own running max m and, of u = (x - m) c, the sums s of 2^u and w of u 2^u: the
-        # loop reduces over four logits of one thread, never across threads. u ends at -200, where 2^u is 0:
-        # no 0 * inf at a logit of -inf. What the columns before have left goes to lane 0.
+        # Every lane keeps its own running max m and sum s of 2^((x - m) c): the loop reduces over four logits
+        # of one thread, never across threads. What the columns before have left goes to lane 0.
         m = tl.where(lane == 0, tl.load(xmax + row), -3.4028234663852886e38)
         s = tl.where(lane == 0, tl.load(total + row), 0.0)
-        w = tl.where(lane == 0, tl.load(moment + row) * TL_LOG2_E, 0.0)
         for start in range(0, V, BLOCK):
             v = tl.load(x + start + tile, mask=start + tile < V, other=float("-inf")).to(tl.float32)
             new = tl.maximum(m, tl.max(v, 0))
-            shift = tl.maximum((m - new) * c, -200.0)
-            old = tl.exp2(shift)
-            u = (v - new[None, :]) * c
-            t = tl.exp2(u)
-            if ENTROPY:
-                w = old * (w + shift * s) + tl.sum(t * tl.maximum(u, -200.0), 0)
-            s = old * s + tl.sum(t, 0)
+            s = tl.exp2((m - new) * c) * s + tl.sum(tl.exp2((v - new[None, :]) * c), 0)
             m = new
         top = tl.max(m, 0)
-        shift = tl.maximum((m - top) * c, -200.0)
-        old = tl.exp2(shift)
         tl.store(xmax + row, top)
-        tl.store(total + row, tl.sum(old * s, 0))
-        if ENTROPY:
-            tl.store(moment + row, tl.sum(old * (w + shift * s), 0) / TL_LOG2_E)
+        tl.store(total + row, tl.sum(tl.exp2((m - top) * c) * s, 0))
         col = tl.load(y + row) - first
         here = (col >= 0) & (col < V)
         tl.store(chosen + row, tl.load(x + col, mask=here, other=0.0).to(tl.float32), mask=here)
@@ -113,13 +94,13 @@ if triton:
             tl.store(x + row * V + col, G.to(x.dtype.element_ty), mask=col < V)
 
 
-def forward_rows(x: Tensor, y: Tensor, inv_tau: Tensor, stats: Stats, first: int = 0, want_entropy=True):
+def forward_rows(x: Tensor, y: Tensor, inv_tau: Tensor, stats: Stats, first: int = 0):
     """Adds the columns x[n, V], which begin at `first`, to stats; y[n] and inv_tau[n] = 1 / tau."""
     if not uses_triton(x):
-        return forward_rows_torch(x, y, inv_tau, stats, first, want_entropy)
+        return forward_rows_torch(x, y, inv_tau, stats, first)
     with torch.cuda.device_of(x):
         args = (x, y, inv_tau, *stats, first, x.shape[1])
-        forward_kernel[(len(x),)](*args, ENTROPY=want_entropy, BLOCK=BLOCK, num_warps=WARPS)
+        forward_kernel[(len(x),)](*args, BLOCK=BLOCK, num_warps=WARPS)
 
 
 def backward_rows_(x: Tensor, src: Tensor | None, y, inv_tau, xmax, logsum, g, first: int = 0):
@@ -142,21 +123,16 @@ def uses_triton(x: Tensor) -> bool:
 # ---- the same in plain torch: the reference ----
 
 
-def forward_rows_torch(x, y, inv_tau, stats, first, want_entropy):
+def forward_rows_torch(x, y, inv_tau, stats, first):
     V = x.shape[1]
     step, scale = max(1, TORCH_BLOCK // V), inv_tau * LOG2_E
     for a in range(0, len(x), step):
         rows = slice(a, a + step)
-        c, (chosen, xmax, total, moment) = scale[rows], (stat[rows] for stat in stats)
+        c, (chosen, xmax, total) = scale[rows], (stat[rows] for stat in stats)
         block = x[rows].to(inv_tau.dtype)
         top = torch.maximum(xmax, block.amax(dim=1))
-        shift = ((xmax - top) * c).clamp_(min=-200.0)
-        u = (block - top[:, None]).mul_(c[:, None])
-        t = u.exp2() if want_entropy else u.exp2_()
-        if want_entropy:
-            new = t.mul(u.clamp_(min=-200.0)).sum(dim=1)
-            moment.add_(shift * total / LOG2_E).mul_(shift.exp2()).add_(new / LOG2_E)
-        total.mul_(shift.exp2()).add_(t.sum(dim=1))
+        powers = (block - top[:, None]).mul_(c[:, None]).exp2_()
+        total.mul_(((xmax - top) * c).exp2_()).add_(powers.sum(dim=1))
         xmax.copy_(top)
         col = y[rows] - first
         here = ((col >= 0) & (col < V)).nonzero()[:, 0]

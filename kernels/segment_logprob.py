@@ -69,24 +69,21 @@ class RowLogprobs(torch.autograd.Function):
     """The head's GEMMs around the row kernels. With out= a GEMM needs no new buffer and ignores autocast."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, inv_tau, width, keep, want_entropy):
+    def forward(ctx, hidden, weight, targets, inv_tau, width, keep):
         N, V = len(hidden), len(weight)
         stats = Stats.empty(inv_tau)
         buffer = hidden.new_empty(N * width)
         for cols in slices(V, width) if N else []:
             x = buffer[: N * (cols.stop - cols.start)].view(N, -1)
             torch.mm(hidden, weight[cols].t(), out=x)
-            forward_rows(x, targets, inv_tau, stats, cols.start, want_entropy)
+            forward_rows(x, targets, inv_tau, stats, cols.start)
         ctx.save_for_backward(hidden, weight, targets, inv_tau, stats.xmax, stats.total.log())
         ctx.width, ctx.keep, ctx.buffer = width, keep, buffer if keep else None
-        entropy = stats.entropy() if want_entropy else None
-        if want_entropy:
-            ctx.mark_non_differentiable(entropy)
-        return stats.logp(inv_tau), entropy
+        return stats.logp(inv_tau)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g, _):
+    def backward(ctx, g):
         if ctx.keep and ctx.buffer is None:
             raise RuntimeError(
                 "row_logprobs: a second backward, but the first one wrote the gradient over the kept logits; "
@@ -119,7 +116,7 @@ class RowLogprobs(torch.autograd.Function):
         if dh is not None:
             dh = dh.to(h.dtype)
             dh = dh if src is None else torch.zeros_like(hidden).index_copy_(0, src, dh)
-        return dh, dW, None, None, None, None, None
+        return dh, dW, None, None, None, None
 
 
 # ---- what callers use ----
@@ -132,18 +129,16 @@ def row_logprobs(
     temperature: float | Tensor = 1.0,
     *,
     logit_bytes: int = LOGIT_BYTES,
-    return_entropy: bool = False,
-):
+) -> Tensor:
     """hidden[N, d], weight[V, d], targets[N] int64 -> logp[N], in nats.
 
     hidden and weight share one floating dtype and get gradients in it; logp is float32, float64 from float64.
     temperature: one positive number or one a row, [N]; it gets no gradient.
     logit_bytes: the most memory for logits. If all [N, V] fit they are kept for backward, which can then run
     only once; if not, they are recomputed in slices of as many columns as fit, 128 at least.
-    return_entropy: return (logp, entropy[N]), the entropy in nats and without gradient.
 
-    Raises TypeError or ValueError that names the argument: wrong type, shape, dtype or device, a target
-    outside [0, V), a temperature that is not positive; RuntimeError at a second backward through kept logits.
+    Raises ValueError that names the argument: wrong type, shape, dtype or device, a target outside [0, V), a
+    temperature that is not positive; RuntimeError at a second backward through kept logits.
     """
     inv_tau = checked_inverse_temperature(hidden, weight, targets, temperature)
     N, V = len(hidden), len(weight)
@@ -152,8 +147,7 @@ def row_logprobs(
     fits = N * V * hidden.element_size() <= logit_bytes
     width = V if fits else min(V, 128 * ceil(V / 128 / ceil(V / most)))  # about equal slices
     keep = fits and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    logp, entropy = RowLogprobs.apply(hidden, weight, targets, inv_tau, width, keep, return_entropy)
-    return (logp, entropy) if return_entropy else logp
+    return RowLogprobs.apply(hidden, weight, targets, inv_tau, width, keep)
 
 
 def dual_segment_logprobs(
@@ -166,30 +160,23 @@ def dual_segment_logprobs(
     observation_temperature: float = 1.0,
     *,
     logit_bytes: int = LOGIT_BYTES,
-    return_entropy: bool = False,
-):
+) -> tuple[Tensor, Tensor]:
     """hidden[B, T, d], weight[V, d], ids[B, T], masks[B, T] -> logp_action[Na], logp_observation[No]
 
     A mask marks the tokens to score. The hidden state before a token scores it: the caller shifts nothing and
     can't mark token 0. Each result is float32 (float64 from float64) in row-major (b, t) order of its
     mask, as ids[mask] would be; an empty mask gives an empty result that still backpropagates zeros. One
     temperature a segment: the sampler's for actions, usually 1 for observations. Both segments share one call
-    of row_logprobs, whose logit_bytes and errors apply. With return_entropy the result is
-    (logp_action, logp_observation, entropy_action, entropy_observation).
+    of row_logprobs, whose logit_bytes applies.
 
-    Raises ValueError or TypeError that names the argument: wrong shape, dtype or device, a marked token 0,
-    masks that overlap, a temperature that is not positive.
+    Raises ValueError that names the argument: as row_logprobs, a marked token 0, masks that overlap.
     """
     if not isinstance(hidden, Tensor) or hidden.dim() != 3:
-        raise ValueError(f"hidden must have shape [B, T, d], got {shape_of(hidden)}")
+        raise ValueError(f"hidden must be [B, T, d], got {described(hidden)}")
     (B, T, d), masks = hidden.shape, {"action_mask": action_mask, "observation_mask": observation_mask}
-    for name, value in {"ids": ids, **masks}.items():
-        if shape_of(value) != shape_of(hidden[..., 0]):
-            raise ValueError(f"{name} must have shape [B, T] = [{B}, {T}], got {shape_of(value)}")
-        if value.dtype != (torch.int64 if name == "ids" else torch.bool):
-            raise TypeError(f"{name} must be {'int64' if name == 'ids' else 'bool'}, got {value.dtype}")
-        if value.device != hidden.device:
-            raise ValueError(f"{name} must be on {hidden.device} like hidden, got {value.device}")
+    expect("ids", ids, torch.int64, [B, T], hidden.device)
+    for name, mask in masks.items():
+        expect(name, mask, torch.bool, [B, T], hidden.device)
     taus = {"action_temperature": action_temperature, "observation_temperature": observation_temperature}
     for name, tau in taus.items():
         if not tau > 0:
@@ -206,9 +193,7 @@ def dual_segment_logprobs(
     split, rows = [len(segment) for segment in segments], torch.cat(segments)  # rows[N]
     h = hidden.reshape(B * T, d).index_select(0, rows - 1)  # the shift; t >= 1, so the same b
     tau = torch.tensor(list(taus.values()), dtype=torch.float64).repeat_interleave(torch.tensor(split))
-    options = {"logit_bytes": logit_bytes, "return_entropy": return_entropy}
-    out = row_logprobs(h, weight, ids.flatten()[rows], tau, **options)
-    return (*out[0].split(split), *out[1].split(split)) if return_entropy else out.split(split)
+    return row_logprobs(h, weight, ids.flatten()[rows], tau, logit_bytes=logit_bytes).split(split)
 
 
 def head_weight(model: nn.Module) -> Tensor:
@@ -226,29 +211,28 @@ def head_weight(model: nn.Module) -> Tensor:
     return head.weight
 
 
-def shape_of(value) -> str:
-    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+def described(value) -> str:
+    tensor = isinstance(value, Tensor)
+    return f"{value.dtype} {list(value.shape)} on {value.device}" if tensor else type(value).__name__
+
+
+def expect(name: str, value, dtype: torch.dtype, shape: list[int], device: torch.device) -> None:
+    if described(value) != (wanted := f"{dtype} {shape} on {device}"):
+        raise ValueError(f"{name} must be {wanted}, got {described(value)}")
 
 
 def checked_inverse_temperature(hidden, weight, targets, temperature) -> Tensor:
     """Checks the arguments of row_logprobs; returns 1 / temperature, [N], in the dtype to compute in."""
-    for name, value, axes in (("hidden", hidden, "[N, d]"), ("weight", weight, "[V, d]")):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor {axes}, got {type(value).__name__}")
-        if value.dim() != 2:
-            raise ValueError(f"{name} must have shape {axes}, got {shape_of(value)}")
-    (N, d), V = hidden.shape, len(weight)
-    if weight.shape[1] != d or V == 0:
-        raise ValueError(f"weight must have shape [V, d] with d = {d} as in hidden, got {shape_of(weight)}")
-    if (weight.dtype, weight.device) != (hidden.dtype, hidden.device):
-        pair = f"{weight.dtype} on {weight.device} and {hidden.dtype} on {hidden.device}"
-        raise TypeError(f"weight and hidden must share dtype and device, got {pair}")
-    if shape_of(targets) != f"[{N}]" or targets.dtype != torch.int64 or targets.device != hidden.device:
-        raise ValueError(f"targets must be int64 [N] = [{N}] on {hidden.device}, got {shape_of(targets)}")
+    if not isinstance(hidden, Tensor) or hidden.dim() != 2 or not hidden.is_floating_point():
+        raise ValueError(f"hidden must be floating-point [N, d], got {described(hidden)}")
+    N, d = hidden.shape
+    V = max(1, len(weight)) if isinstance(weight, Tensor) and weight.dim() else 1
+    expect("weight", weight, hidden.dtype, [V, d], hidden.device)
+    expect("targets", targets, torch.int64, [N], hidden.device)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     tau = torch.as_tensor(temperature, dtype=wide, device=hidden.device)
     if tau.requires_grad or tau.shape not in ((), (N,)):
-        raise ValueError(f"temperature must be a number or [N] = [{N}] without gradient, got {shape_of(tau)}")
+        raise ValueError(f"temperature must be a number or [{N}] without gradient, got {described(tau)}")
     outside = ((targets < 0) | (targets >= V)).any()
     outside, positive = torch.stack([outside, (tau > 0).all()]).tolist()  # one wait for the device
     if outside:

@@ -143,48 +143,37 @@ def run(args: argparse.Namespace) -> None:
         given["terminals"] = 4
     config = replace(config, backend=args.backend, **{k: v for k, v in given.items() if v is not None})
 
-    def play(rows: list[tuple[int, int]], key: tuple | None) -> list[dict]:
-        """-> one record a trial, in the order of rows."""
-        if args.agent == "policy":
-            episodes = sample_episodes(model, tokenizer, tasks, args.k, config, key, rows)
-            logps = observation_logprobs(model, [e.transcript for e in episodes])
-            texts = [report.transcript_text(tokenizer, e) for e in episodes]
-            for e, row in list(zip(episodes, logps, strict=True))[: max(0, args.show - len(shown))]:
-                shown.append((e, report.tokens_with_surprise(tokenizer, e.transcript, row)))
-        else:
-            with ThreadPoolExecutor(config.terminals) as pool:
-                ended = list(pool.map(lambda row: scripted(args.agent, tasks[row[0]], config.backend), rows))
-            episodes, texts, logps = [e for e, _ in ended], [text for _, text in ended], [{} for _ in ended]
-        records = []
-        for (_, member), e, row, text in zip(rows, episodes, logps, texts, strict=True):
-            records.append(trial(e, "greedy" if key is None else member, -sum(row.values())))
-            if args.out:
-                path = args.out / "transcripts" / f"{e.task.name}-{records[-1]['member']}.txt"
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(report.printable(text))
-        return records
-
-    shown: list[tuple[Episode, list]] = []
-    wanted = [((i, member), (3, args.seed)) for member in range(args.k) for i in range(len(tasks))]
-    if args.agent == "policy" and world:
-        wanted += [((i, 0), None) for i in range(len(tasks))]
     settings = {name: str(getattr(args, name)) for name in ("agent", "tasks", "allow_network", "seed")}
     settings |= {"checkpoint": str(folder)} if args.agent == "policy" else {}
     settings |= {name: getattr(config, name) for name in ("backend", "temperature", "max_turns")}
-    trials = kept_trials(args.out, settings)
+    trials, shown = kept_trials(args.out, settings), []
     have = {(record["task"], record["member"]) for record in trials}
-    wanted = [
-        (row, key) for row, key in wanted
-        if (tasks[row[0]].name, "greedy" if key is None else row[1]) not in have
-    ]  # fmt: skip
-    with tqdm(total=len(wanted), desc=args.agent, disable=None, unit="trial") as bar:
-        while wanted:
-            rows = [row for row, key in wanted if key == wanted[0][1]][: config.terminals]
-            records = play(rows, wanted[0][1])
-            for record in records if args.out else []:
-                report.log(args.out / "trials.jsonl", record)
-            trials, wanted = trials + records, wanted[len(rows) :]
-            bar.update(len(rows))
+    members = [*range(args.k), *(["greedy"] if args.agent == "policy" and world else [])]
+    rows = [(i, m) for m in members for i in range(len(tasks)) if (tasks[i].name, m) not in have]
+    with tqdm(total=len(rows), desc=args.agent, disable=None, unit="trial") as bar:
+        while rows:
+            key = None if rows[0][1] == "greedy" else (3, args.seed)
+            part = [row for row in rows if (row[1] == "greedy") == (key is None)][: config.terminals]
+            if args.agent == "policy":
+                episodes = sample_episodes(model, tokenizer, tasks, args.k, config, key, part)
+                logps = observation_logprobs(model, [e.transcript for e in episodes])
+                texts = [report.transcript_text(tokenizer, e) for e in episodes]
+                for e, row in list(zip(episodes, logps, strict=True))[: max(0, args.show - len(shown))]:
+                    shown.append((e, report.tokens_with_surprise(tokenizer, e.transcript, row)))
+            else:
+                with ThreadPoolExecutor(config.terminals) as pool:
+                    ended = pool.map(lambda row: scripted(args.agent, tasks[row[0]], config.backend), part)
+                episodes, texts = zip(*ended, strict=True)
+                logps = [{} for _ in episodes]
+            for (_, member), e, row, text in zip(part, episodes, logps, texts, strict=True):
+                trials.append(trial(e, member, -sum(row.values())))
+                if args.out:
+                    path = args.out / "transcripts" / f"{e.task.name}-{member}.txt"
+                    path.parent.mkdir(exist_ok=True)
+                    path.write_text(report.printable(text))
+                    report.log(args.out / "trials.jsonl", trials[-1])
+            rows = rows[len(part) :]
+            bar.update(len(part))
     summarise(trials, args.k)
     for episode, tokens in shown:
         print(f"\n--- {episode.task.name}: reward {episode.reward:g}, {episode.stop}\n{report.ansi(tokens)}")
@@ -234,13 +223,13 @@ def summarise(trials: list[dict], k: int) -> None:
     for t in valid:
         if t["member"] != "greedy":
             by_task.setdefault(t["task"], []).append(t["reward"])
-    greedy = [t["reward"] for t in valid if t["member"] == "greedy"]
-    full = [rewards for rewards in by_task.values() if len(rewards) == k]
     mean, half = report.mean_interval([sum(r) / len(r) for r in by_task.values()])
     print(f"pass@1 sampled   {mean:.3f} +- {half:.3f}   ({len(by_task)} tasks x {k})")
-    passes = {f"pass@{k} sampled": [max(r) for r in full]} if k > 1 and full else {}
-    passes |= {"pass@1 greedy": greedy} if greedy else {}
-    for name, rewards in passes.items():
+    best = [max(rewards) for rewards in by_task.values() if len(rewards) == k > 1]
+    greedy = [t["reward"] for t in valid if t["member"] == "greedy"]
+    for name, rewards in ((f"pass@{k} sampled", best), ("pass@1 greedy", greedy)):
+        if not rewards:
+            continue
         passed = sum(reward >= 1 for reward in rewards)
         low, high = report.wilson_interval(passed, len(rewards))
         print(f"{name:16} {passed / len(rewards):.3f} [{low:.3f}, {high:.3f}]")

@@ -94,37 +94,18 @@ if triton:
             tl.store(x + row * V + col, G.to(x.dtype.element_ty), mask=col < V)
 
 
-def forward_rows(x: Tensor, y: Tensor, inv_tau: Tensor, stats: Stats, first: int = 0):
-    """Adds the columns x[n, V], which begin at `first`, to stats; y[n] and inv_tau[n] = 1 / tau."""
-    if not uses_triton(x):
-        return forward_rows_torch(x, y, inv_tau, stats, first)
-    with torch.cuda.device_of(x):
-        args = (x, y, inv_tau, *stats, first, x.shape[1])
-        forward_kernel[(len(x),)](*args, BLOCK=BLOCK, num_warps=WARPS)
-
-
-def backward_rows_(x: Tensor, src: Tensor | None, y, inv_tau, xmax, logsum, g, first: int = 0):
-    """Writes G of row i over x[i] for i < n = len(g), reading the logits of row src[i] (None: row i).
-
-    y, inv_tau, xmax, logsum and g, each [n], are in the order of the output rows. A source row at n or beyond
-    is never written and one below n is its own output, so nothing is overwritten before it is read.
-    """
-    if not uses_triton(x):
-        return backward_rows_torch_(x, src, y, inv_tau, xmax, logsum, g, first)
-    with torch.cuda.device_of(x):
-        args = (x, g if src is None else src, y, inv_tau, xmax, logsum, g, first, x.shape[1])
-        backward_kernel[(len(g),)](*args, MOVED=src is not None, BLOCK=BLOCK, num_warps=WARPS)
-
-
 def uses_triton(x: Tensor) -> bool:
     return triton is not None and x.is_cuda and x.dtype != torch.float64
 
 
-# ---- the same in plain torch: the reference ----
-
-
-def forward_rows_torch(x, y, inv_tau, stats, first):
+def forward_rows(x: Tensor, y: Tensor, inv_tau: Tensor, stats: Stats, first: int = 0):
+    """Adds the columns x[n, V], which begin at `first`, to stats; y[n] and inv_tau[n] = 1 / tau."""
     V = x.shape[1]
+    if uses_triton(x):
+        with torch.cuda.device_of(x):
+            args = (x, y, inv_tau, *stats, first, V)
+            forward_kernel[(len(x),)](*args, BLOCK=BLOCK, num_warps=WARPS)
+        return
     step, scale = max(1, TORCH_BLOCK // V), inv_tau * LOG2_E
     for a in range(0, len(x), step):
         rows = slice(a, a + step)
@@ -139,8 +120,18 @@ def forward_rows_torch(x, y, inv_tau, stats, first):
         chosen[here] = block[here, col[here]]
 
 
-def backward_rows_torch_(x, src, y, inv_tau, xmax, logsum, g, first):
+def backward_rows_(x: Tensor, src: Tensor | None, y, inv_tau, xmax, logsum, g, first: int = 0):
+    """Writes G of row i over x[i] for i < n = len(g), reading the logits of row src[i] (None: row i).
+
+    y, inv_tau, xmax, logsum and g, each [n], are in the order of the output rows. A source row at n or beyond
+    is never written and one below n is its own output, so nothing is overwritten before it is read.
+    """
     n, V = len(g), x.shape[1]
+    if uses_triton(x):
+        with torch.cuda.device_of(x):
+            args = (x, g if src is None else src, y, inv_tau, xmax, logsum, g, first, V)
+            backward_kernel[(n,)](*args, MOVED=src is not None, BLOCK=BLOCK, num_warps=WARPS)
+        return
     step, c, log_total, scale = max(1, TORCH_BLOCK // V), inv_tau * LOG2_E, logsum * LOG2_E, g * inv_tau
     for a in range(0, n, step):
         rows = slice(a, min(a + step, n))

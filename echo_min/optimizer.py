@@ -17,8 +17,8 @@ def lost_updates(config: Config) -> str:
     if config.dtype != "bfloat16" or config.optimizer != "adamw" or config.learning_rate > 1e-5:
         return ""
     return (
-        f"warning: learning_rate {config.learning_rate:g}: AdamW rounds bfloat16 weights to the nearest and loses"
-        " nearly every update; --optimizer adamw8bit rounds stochastically"
+        f"warning: at learning_rate {config.learning_rate:g} AdamW loses nearly every update of bfloat16"
+        " weights, which it rounds to the nearest; --optimizer adamw8bit rounds stochastically"
     )
 
 

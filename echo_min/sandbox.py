@@ -82,8 +82,8 @@ class Terminal:
         self._text = bytearray()
         said = self._command(data, self.task.limits.command_seconds if timeout is None else timeout)
         text, late = self._text.decode(errors="replace"), said == "late"
-        n = self.output_chars
-        return Output(text[:n], 124 if late else int(said), late, len(text) > n)
+        shown = text[: self.output_chars]
+        return Output(shown, 124 if late else int(said), late, len(text) > len(shown))
 
     def __enter__(self):
         return self
@@ -179,12 +179,9 @@ class Sandbox(Terminal):
 
 def _layout(task: Task) -> bytes:
     """The work folder's files as a bash script of builtins (a fork costs as much as the rest of it)."""
-    lines, folders = [], set()
+    folders = {f"/work/{folder}" for name in task.files if (folder := os.path.dirname(name))}
+    lines = [f"mkdir -p -- {shlex.join(sorted(folders))}"] if folders else []
     for name, content in task.files.items():
-        folder, path = os.path.dirname(name), shlex.quote(f"/work/{name}")
-        if folder and folder not in folders:
-            folders.add(folder)
-            lines.append(f"mkdir -p -- {shlex.quote(f'/work/{folder}')}")
         octal = "".join(chr(b) if chr(b).isalnum() and b < 128 else f"\\0{b:03o}" for b in content)
-        lines.append(f"printf %b '{octal}' > {path}")
+        lines.append(f"printf %b '{octal}' > {shlex.quote(f'/work/{name}')}")
     return " && ".join(lines).encode()

@@ -115,7 +115,7 @@ MUTATIONS = {
     "echo_min/sandbox.py": [
         ("the verdict", 'return 1.0 if reply == b"0" else 0.0', "return 1.0", "sandbox"),
         ("no verdict", 'if reply not in (b"0", b"1"):', "if False:", "sandbox"),
-        ("output that was cut", "len(text) > output_chars)", "False)", "sandbox"),
+        ("output that was cut", "len(text) > len(shown))", "False)", "sandbox"),
         ("a command with a NUL", 'data.count(b"\\0") > 1 or ', "", "sandbox"),
         ("a file outside of the work folder", 'or ".." in name.split("/")', "", "sandbox"),
     ],

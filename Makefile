@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: setup train test test-all lint mutate
+.PHONY: setup train test test-all test-slow lint mutate
 setup: .venv/ready
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -24,7 +24,8 @@ train: .venv/ready
 test: .venv/ready
 	$(PY) -m pytest
 
-test-all: test
+test-all: test test-slow
+test-slow: .venv/ready
 	$(PY) -m pytest -m slow
 
 lint: .venv/ready

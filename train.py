@@ -235,7 +235,8 @@ def cli(argv: list[str] | None = None) -> None:
         main(config, folder, stop)
     except (ValueError, OSError, RunStopped, KeyboardInterrupt) as error:
         hint = f"\nWhat is saved stays: python train.py --resume {folder}"
-        sys.exit(f"train.py: {str(error) or 'interrupted'}{hint if (folder / 'base').exists() else ''}")
+        saved = any(checkpoint.latest(arm) for arm in folder.glob("*")) or (folder / "base").exists()
+        sys.exit(f"train.py: {str(error) or 'interrupted'}{hint if saved else ''}")
     finally:
         signal.signal(signal.SIGINT, before)
 

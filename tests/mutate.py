@@ -19,7 +19,7 @@ MUTATIONS = {
         ("the shift, seen from the loss", "index_select(0, rows - 1)", "index_select(0, rows)", "objective"),
     ],
     "train.py": [
-        ("1/T of the policy loss", "temperatures = config.temperature,", "temperatures = 1.0,", "objective"),
+        ("1/T of the policy loss", "head = config.temperature,", "head = 1.0,", "objective"),
         (
             "lambda in plain GRPO",
             '0.0 if arm == "grpo" else config.env_weight',
@@ -99,7 +99,14 @@ MUTATIONS = {
             "rollout",
         ),
     ],
-    "echo_min/harness.py": [("an empty reply", '"" if command else', '"" if True else', "rollout")],
+    "echo_min/harness.py": [
+        ("an empty reply", "if not reply.strip():", "if False:", "rollout"),
+        ("first call", 'CALL.match(reply, reply.index("<tool_call>"))', "CALL.search(reply)", "harness"),
+        ("thinking that does not end", "if not closed:", "if False:", "harness"),
+    ],
+    "echo_min/optimizer.py": [
+        ("rounding keyed by step", "torch.manual_seed(seed)", "pass", "optimizer"),
+    ],
     "echo_min/checkpoint.py": [
         ("the optimizer on resume", "        optimizer.load_state_dict(", "        print(", "train"),
         ("one writer", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "kill"),

@@ -85,8 +85,8 @@ def measured(model, config):
     def rollout():
         """Read in parts of prefill_tokens up to the end of the context."""
         B = config.terminals
-        noise = np.random.default_rng(0).random((B, config.context))
-        sampler = Sampler(model, {10**6}, config.temperature, noise)
+        roomy = replace(config, context=config.context + 1)  # for the token sampled last
+        sampler = Sampler(model, {10**6}, roomy, [np.random.default_rng(row) for row in range(B)])
         part = config.prefill_tokens // B
         for _ in range(config.context // part):
             sampler.reply(list(range(B)), [[5] * (part - 1)] * B, 1)

@@ -34,6 +34,8 @@ bench: .venv/bench
 	$(PY) -m kernels.aot
 	OMP_NUM_THREADS=1 $(PY) -m kernels.bench --rounds 20
 	OMP_NUM_THREADS=1 $(PY) -m kernels.price
+	-OMP_NUM_THREADS=1 $(PY) figures/trl_speed.py
+	-$(PY) figures/trl_lines.py
 	-$(PY) figures/docker_speed.py
 
 gpu: .venv/bench

@@ -1,12 +1,12 @@
-"""ECHO in TRL: GRPOTrainer with the observation loss added by a subclass, and multi-turn rollouts in a terminal.
+"""ECHO in TRL: GRPOTrainer with the observation loss added by a subclass, and rollouts in a terminal.
 
-TRL gives a rollout_func the prompts and takes token ids with a mask of who wrote them. The loop of turns, the roles
-and the terminals are this library's; TRL samples, scores and updates. vLLM, its fast sampler, needs a GPU: this
-is for transformers' generate. trl_speed.py measures it.
+A rollout_func gets prompts and returns token ids, with a mask of what the policy wrote. The loop of turns,
+the roles and the terminals are this library's; TRL samples, scores and updates. vLLM, its fast sampler, needs
+a GPU: here it samples with transformers' generate, either as TRL's own tool loop does (Generate) or, better
+than that, with a key-value cache kept from turn to turn (GenerateOn). trl_speed.py times it.
 """
 
 import os
-import time
 from pathlib import Path
 
 import common  # noqa: F401, finds echo_min
@@ -20,9 +20,10 @@ from echo_min.masking import Role, observation_weights
 from echo_min.policy import load_policy, marker_ids
 from echo_min.rollout import Episode, rollout
 from echo_min.sampler import Reply
+from echo_min.tasks import Task
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer
 
 
 class EchoTrainer(GRPOTrainer):
@@ -62,7 +63,7 @@ class Generate:
         replies, _ = self.trainer._generate_single_turn([self.ids[row] for row in rows], None, {}, 1)
         for row, ids in zip(rows, replies, strict=True):
             self.ids[row] = self.ids[row] + ids
-        return [(ids, [0.0] * len(ids)) for ids in replies]  # TRL takes the update's logprobs for the sampler's
+        return [(ids, [0.0] * len(ids)) for ids in replies]  # TRL takes the update's for them
 
 
 class GenerateOn:
@@ -95,23 +96,23 @@ class GenerateOn:
 
 
 class Rollouts:
-    """TRL's rollout_func. The loop and the terminals are ours, the sampler is `agent`'s."""
+    """TRL's rollout_func. `agent` makes the sampler of a batch."""
 
-    def __init__(self, tasks, config: Config):
+    def __init__(self, tasks: list[Task], config: Config):
         self.tasks, self.config, self.agent = {task.instruction: task for task in tasks}, config, Generate
 
     def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict:
-        started, group_size = time.perf_counter(), self.config.group_size
-        e = self.episodes = [Episode(self.tasks[p], i // group_size) for i, p in enumerate(prompts)]
-        rollout(self.agent(trainer), trainer.processing_class, e, self.config)
-        starts = [e.transcript.roles.index(Role.ACTION) for e in self.episodes]  # the prompt's end
-        roles = [e.transcript.roles[n:] for e, n in zip(self.episodes, starts, strict=True)]
-        self.seconds = time.perf_counter() - started
+        self.episodes = [Episode(self.tasks[p], i // self.config.group_size) for i, p in enumerate(prompts)]
+        rollout(self.agent(trainer), trainer.processing_class, self.episodes, self.config)
+        transcripts = [e.transcript for e in self.episodes]
+        starts = [t.roles.index(Role.ACTION) for t in transcripts]  # the prompt's end
+        roles = [t.roles[n:] for t, n in zip(transcripts, starts, strict=True)]
         return {
-            "prompt_ids": [e.transcript.ids[:n] for e, n in zip(self.episodes, starts, strict=True)],
-            "completion_ids": [e.transcript.ids[n:] for e, n in zip(self.episodes, starts, strict=True)],
+            "prompt_ids": [t.ids[:n] for t, n in zip(transcripts, starts, strict=True)],
+            "completion_ids": [t.ids[n:] for t, n in zip(transcripts, starts, strict=True)],
             "logprobs": None,
             "env_mask": [[int(role == Role.ACTION) for role in row] for row in roles],
+            # what TRL does not know goes to the reward function and, by way of its inputs, to EchoTrainer
             "roles": roles,
             "reward": [e.reward if e.valid else None for e in self.episodes],
         }
@@ -121,7 +122,8 @@ def reward(reward: list[float | None], **_) -> list[float | None]:
     return reward
 
 
-def trl_trainer(base: Path, rows: list[str], rollouts: Rollouts, config: Config, folder: str) -> EchoTrainer:
+def trl_trainer(base: Path, prompts: list[str], tasks: list[Task], config: Config, folder: str):
+    """A trainer from `base` with our Config's objective; it goes through the prompts once, in their order."""
     model, tokenizer = load_policy(base)
     tokenizer.padding_side = "left"
     model.generation_config.eos_token_id = list(marker_ids(tokenizer))
@@ -156,5 +158,7 @@ def trl_trainer(base: Path, rows: list[str], rollouts: Rollouts, config: Config,
         report_to="none",
         disable_tqdm=True,
     )
-    data = Dataset.from_dict({"prompt": rows})
-    return EchoTrainer(model, reward, arguments, data, processing_class=tokenizer, rollout_func=rollouts)
+    rows, rollouts = Dataset.from_dict({"prompt": prompts}), Rollouts(tasks, config)
+    trainer = EchoTrainer(model, reward, arguments, rows, processing_class=tokenizer, rollout_func=rollouts)
+    trainer.env_weight = config.env_weight
+    return trainer

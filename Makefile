@@ -45,6 +45,8 @@ bench: .venv/bench
 	OMP_NUM_THREADS=1 $(PY) -m kernels.bench --rounds 20
 	OMP_NUM_THREADS=1 $(PY) -m kernels.price
 	$(PY) figures/sampler_speed.py
+	-OMP_NUM_THREADS=1 $(PY) figures/trl_speed.py
+	-$(PY) figures/trl_lines.py
 	-$(PY) figures/docker_speed.py
 
 gpu: .venv/bench

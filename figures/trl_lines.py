@@ -20,6 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl_speed import SETTINGS, Ours
 
 import train
+from echo_min import bubblewrap
 from echo_min.config import Config
 from echo_min.worlds import load_world
 
@@ -28,6 +29,8 @@ PACKAGES = "trl", "transformers", "accelerate"
 
 def watch(codes: set[CodeType] | None) -> None:
     """From here on note the code of each function that is entered, in new threads too; or stop."""
+    while bubblewrap._kept:  # both sides open their terminals anew
+        bubblewrap._kept.pop().close()
 
     def see(frame, event, _):
         if event == "call":

@@ -175,11 +175,16 @@ def table(lines: list[dict]) -> None:
             values += [[a[key] / b[key] for a, b in zip(mine, ours, strict=True)] for key in ratios]
             tokens = [f"{median(x[f'{r}_tokens'] for x in mine):.0f}" for r in ("action", "observation")]
             print("|", " | ".join([str(mine[0]["max_turns"]), side, *map(shown, values), *tokens]), "|")
+    step = {s: [x["step_seconds"] for x in common.pick(lines, side=s)] for s in (OURS, "TRL", FLOOR)}
+    rounds = list(zip(*step.values(), strict=True))
+    apart = [[(t - floor) / (o - floor) for o, t, floor in rounds], [t / floor for _, t, floor in rounds]]
+    print(f"\nTRL / ours, both without what the terminals take: {shown(apart[0])}")
+    print(f"TRL / terminals alone, which no trainer can exceed: {shown(apart[1])}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=12)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     path = common.DATA / "trl_speed.jsonl"

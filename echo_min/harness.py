@@ -50,7 +50,7 @@ bash(command, timeout) runs the command in a fresh shell and shows what it print
 to the next, variables and the current folder do not. timeout is in seconds and may be left out. done() has no
 parameter and ends the task: call it when the work is finished. Tests then decide whether you have passed."""
 CALL = re.compile(r"<tool_call>\s*<function=([^>\n]*)>(.*?)</function>\s*</tool_call>", re.DOTALL)
-PARAMETER = re.compile(r"\s*<parameter=(\w+)>\n?(.*?)\n?</parameter>\s*", re.DOTALL)
+PARAMETER = re.compile(r"<parameter=(\w+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,18 @@ def _parse_call(reply: str) -> Action:
     if "<tool_call>" not in reply:
         return Action(warning=NO_CALL)
     call = CALL.match(reply, reply.index("<tool_call>"))
-    if not call or PARAMETER.sub("", call[2]).strip():
+    if not call:
         return Action(warning=BAD_CALL)
+    parameters, rest = {}, call[2].strip()
+    while rest:  # one by one from the left: a search would take minutes of a reply made for it
+        if not (parameter := PARAMETER.match(rest)):
+            return Action(warning=BAD_CALL)
+        parameters[parameter[1]], rest = parameter[2], rest[parameter.end() :].lstrip()
     if call[1] not in ("bash", "done"):
         return Action(warning=NO_TOOL)
     warning = ONE_CALL if "<tool_call>" in reply[call.end() :] else ""
     if call[1] == "done":
         return Action(done=True, warning=warning)
-    parameters = dict(PARAMETER.findall(call[2]))
     if set(parameters) - {"timeout"} != {"command"} or not parameters["command"].strip():
         return Action(warning=BAD_CALL)
     if "timeout" not in parameters:

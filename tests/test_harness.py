@@ -1,6 +1,7 @@
 """Replies to actions, in both styles, and the paper's harness through a whole episode in real bash."""
 
 import random
+import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -59,6 +60,15 @@ def test_tool_calls(text, expected):
     assert parse(text, END, "qwen") == expected
     assert parse(text, None, "qwen") == Action(warning=harness.CUT)
     assert parse(text, "<|im_start|>", "qwen") == Action(warning=harness.FORGED)
+
+
+def test_no_reply_takes_long_to_read():
+    head, tail, started = "<tool_call><function=bash>", "</function></tool_call>", time.monotonic()
+    spaces, opened = " " * 10**5 + "x", "   <parameter=a>\n" * 5000
+    for inside in (spaces, opened, "<parameter=a>" + "\n" * 10**5, "</function> " * 9000):
+        assert parse(head + inside + tail, END, "qwen").warning == harness.BAD_CALL
+    assert parse(head + "<parameter=a>b</parameter> " * 4000 + tail, END, "qwen").warning == harness.BAD_CALL
+    assert time.monotonic() - started < 3
 
 
 def test_what_is_shown_to_the_model_is_what_is_understood():

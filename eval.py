@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
     if args.agent == "policy":
         folder = found[1] if (found := checkpoint.latest(args.checkpoint)) else args.checkpoint
         saved = folder / "echo_min.json"
-        config = on_this_machine(Config.load(saved) if saved.exists() else config)
+        config = on_this_machine(replace(Config.load(saved) if saved.exists() else config, device="auto"))
         model, tokenizer = load_policy(folder, config.device, config.dtype)
     given = {name: getattr(args, name) for name in ("temperature", "max_turns", "terminals")}
     if args.backend == "docker" and args.terminals is None:

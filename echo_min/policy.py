@@ -73,7 +73,7 @@ def load_policy(name: str | Path, device: str = "cpu", dtype: str = "float32"):
     """
     source, options = str(name), {}
     if source.isidentifier() and not Path(source).exists() and (package := find_spec(source)):
-        source = package.submodule_search_locations[0]
+        source = next(iter(package.submodule_search_locations or [source]))
     if files := sorted(Path(source).glob("*.gguf")):
         options = {"gguf_file": files[0].name}
     try:
@@ -140,5 +140,6 @@ def segment_logprobs(
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, T, d]
     for layer in layers:
         layer.training = False  # the sampler keeps its cache
-    rest = action_mask, observation_mask, action_temperature, observation_temperature
+    masks = action_mask.to(ids.device), observation_mask.to(ids.device)
+    rest = *masks, action_temperature, observation_temperature
     return dual_segment_logprobs(hidden, head_weight(model), targets, *rest, logit_bytes=logit_mb << 20)

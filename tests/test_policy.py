@@ -1,6 +1,7 @@
 """Models of other families: what loads, what is refused in one line, and SmolLM2 for real."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,18 @@ def test_tied_and_untied_heads_learn_from_both_segments(model, tokenizer, tied, 
         model.zero_grad()
         segment_logprobs(model, ids, ids, actions, actions.roll(3, 1))[segment].sum().backward()
         assert head.grad.abs().sum() > 0
+
+
+def test_masks_follow_the_ids_to_their_device(model, monkeypatch):
+    """The masks are made on the CPU; on the device `meta` a hidden state stands in for a GPU's."""
+    seen = []
+    head = "echo_min.policy.dual_segment_logprobs"
+    monkeypatch.setattr(head, lambda h, w, y, a, o, *_, **__: seen.extend([a, o]))
+    ids, mask = torch.zeros(1, 4, dtype=torch.int64, device="meta"), torch.zeros(1, 4, dtype=torch.bool)
+    hidden = SimpleNamespace(last_hidden_state=torch.zeros(1, 4, model.config.hidden_size, device="meta"))
+    monkeypatch.setattr(model.base_model, "forward", lambda **_: hidden)
+    segment_logprobs(model, ids, ids, mask, mask)
+    assert [m.device.type for m in seen] == ["meta", "meta"]
 
 
 def test_a_tokenizer_without_a_chat_template_will_do_if_it_has_the_markers(model, tokenizer, tmp_path):

@@ -31,11 +31,16 @@ from echo_min.worlds import load_world
 
 
 @torch.no_grad()
-def observation_logprobs(model, transcripts: list[Transcript]) -> list[dict[int, float]]:
-    """-> for each transcript: position of an observation token -> its log-probability, nats."""
+def observation_logprobs(model, transcripts: list[Transcript], tokens=16384) -> list[dict[int, float]]:
+    """-> for each transcript: position of an observation token -> its log-probability, nats.
+
+    tokens: padded ones in a forward pass, at most (or one transcript).
+    """
     out = []
-    for start in range(0, len(transcripts), 64):
-        ids, roles, _ = pad(transcripts[start : start + 64])
+    while part := transcripts[len(out) : len(out) + 64]:
+        while len(part) > 1 and len(part) * max(map(len, part)) > tokens:
+            part.pop()
+        ids, roles, _ = pad(part)
         observations = observation_targets(roles)
         ids = ids.to(model.device)
         _, logps = segment_logprobs(model, ids, ids, torch.zeros_like(observations), observations)
@@ -46,9 +51,9 @@ def observation_logprobs(model, transcripts: list[Transcript]) -> list[dict[int,
     return out
 
 
-def observation_ce(model, transcripts: list[Transcript]) -> float:
+def observation_ce(model, transcripts: list[Transcript], tokens: int = 16384) -> float:
     """Mean cross-entropy of all observation tokens, nats per token; nan if there are none."""
-    logps = [logp for row in observation_logprobs(model, transcripts) for logp in row.values()]
+    logps = [logp for row in observation_logprobs(model, transcripts, tokens) for logp in row.values()]
     return -sum(logps) / len(logps) if logps else float("nan")
 
 
@@ -63,7 +68,7 @@ def evaluate(
     model, tokenizer, tasks: list[Task], expert: list[Transcript], config: Config, step: int
 ) -> dict:
     """One sampled and one greedy rollout of each task, and observation CE on the expert's trajectories."""
-    result = {"expert_ce": observation_ce(model, expert)}
+    result = {"expert_ce": observation_ce(model, expert, config.prefill_tokens)}
     for name, key in (("pass_rate", (2, config.seed, step)), ("pass_rate_greedy", None)):
         rewards = graded(sample_episodes(model, tokenizer, tasks, 1, config, key))
         result |= {name: sum(rewards) / len(rewards), "eval_tasks": len(rewards)}
@@ -156,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
             part = [row for row in rows if (row[1] == "greedy") == (key is None)][: config.terminals]
             if args.agent == "policy":
                 episodes = sample_episodes(model, tokenizer, tasks, args.k, config, key, part)
-                logps = observation_logprobs(model, [e.transcript for e in episodes])
+                logps = observation_logprobs(model, [e.transcript for e in episodes], config.prefill_tokens)
                 texts = [report.transcript_text(tokenizer, e) for e in episodes]
                 for e, row in list(zip(episodes, logps, strict=True))[: max(0, args.show - len(shown))]:
                     shown.append((e, report.tokens_with_surprise(tokenizer, e.transcript, row)))

@@ -69,7 +69,7 @@ class Estimate:
     def update(self) -> dict[str, dict[str, float]]:
         """Moment -> part -> bytes, from the second micro-batch on, if every token carries a loss."""
         c, s, d = self.config, self.size, self.d
-        tokens = max(c.micro_batch_tokens // c.context, 1) * c.context
+        tokens = max(c.micro_batch_tokens, c.context)
         logits, room = tokens * self.vocab * s, c.logit_mb << 20
         head = self.vocab * d * s  # a tied head's gradient waits for that of the embedding
         activations, again = self.layers * self.kept, {}
@@ -162,7 +162,7 @@ def report(config: Config) -> str:
         lines.append(f"  {size:7}   {fits:>4}   {context:15}   {terminals:14}")
     spent, assumed = days(estimate), inspect.signature(days).parameters.values()
     lines.append(
-        f"\n{config.steps} steps: {sum(spent.values()):.1f} days on one GPU without the terminals' own time"
+        f"\n{config.steps} steps of one arm: {sum(spent.values()):.1f} days on one GPU, terminals' time not counted"
     )
     lines.append("  " + ", ".join(f"{part} {value:.2f}" for part, value in spent.items()))
     lines.append("  assumed: " + ", ".join(f"{p.name} {p.default:g}" for p in list(assumed)[1:]))

@@ -108,7 +108,8 @@ def _parse_call(reply: str) -> Action:
         return Action(warning=BAD_CALL)
     parameters, rest = {}, call[2].strip()
     while rest:  # one by one from the left: a search would take minutes of a reply made for it
-        if not (parameter := PARAMETER.match(rest)):
+        parameter = PARAMETER.match(rest)
+        if not parameter or parameter[1] in parameters:
             return Action(warning=BAD_CALL)
         parameters[parameter[1]], rest = parameter[2], rest[parameter.end() :].lstrip()
     if call[1] not in ("bash", "done"):

@@ -45,9 +45,10 @@ def tracker(config: Config, arm: str):
         return
     try:
         package = import_module(config.tracker)
-    except ImportError:
+        start = package.init  # not there if only a folder of its logs is
+    except (ImportError, AttributeError):
         raise ValueError(f"tracker: pip install {config.tracker}; it is not here") from None
-    run = package.init(project="echo_min", name=f"{config.name}-{arm}", config=asdict(config))
+    run = start(project="echo_min", name=f"{config.name}-{arm}", config=asdict(config))
     try:
         yield lambda record: run.log(
             {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"},

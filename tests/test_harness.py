@@ -26,6 +26,9 @@ def call(function, **parameters):
     return f"<tool_call>\n<function={function}>\n{inside}</function>\n</tool_call>"
 
 
+PAIR = "<parameter=command>b</parameter>"
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [
@@ -45,6 +48,7 @@ def call(function, **parameters):
         (f"<think>\nhm\n{BARE}", Action(warning=harness.UNCLOSED)),
         ("<tool_call>\n</tool_call>", Action(warning=harness.BAD_CALL)),
         (call("bash"), Action(warning=harness.BAD_CALL)),
+        (call("bash", command="a").replace("</f", PAIR + "</f"), Action(warning=harness.BAD_CALL)),
         (call("bash", command=" "), Action(warning=harness.BAD_CALL)),
         (call("bash", command="a", shell="zsh"), Action(warning=harness.BAD_CALL)),
         (call("bash", command="a").replace("</parameter>", ""), Action(warning=harness.BAD_CALL)),

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import train
 from echo_min import checkpoint
 from echo_min.config import PRESETS, Config
-from echo_min.masking import pad
+from echo_min.masking import Role, Transcript, pad
 from echo_min.policy import load_policy, marker_ids, segment_logprobs
 from echo_min.rollout import StopReason, sample_episodes
 from echo_min.worlds import load_world
+from eval import observation_ce
 
 
 def saved(model, tokenizer, folder):
@@ -110,3 +111,18 @@ def test_smollm2(smollm2_tokenizer, tmp_path):
     assert loaded.get_vocab() == tokenizer.get_vocab()
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, model(ids).logits)
+
+
+def test_long_transcripts_are_scored_in_parts(model, monkeypatch):
+    """However long: no forward pass is given more padded tokens than allowed, and the result stays."""
+    transcripts = []
+    for n in (5, 90, 3, 40, 40, 200):
+        transcripts.append(Transcript())
+        transcripts[-1].append(Role.PROMPT, [3])
+        transcripts[-1].append(Role.OBSERVATION, [5 + i % 90 for i in range(n)])
+    whole, sizes, real = observation_ce(model, transcripts), [], model.base_model.forward
+    monkeypatch.setattr(
+        model.base_model, "forward", lambda **given: sizes.append(given["input_ids"].numel()) or real(**given)
+    )
+    assert observation_ce(model, transcripts, 100) == pytest.approx(whole, abs=1e-5)
+    assert len(sizes) > 3 and max(sizes) == 201 and sorted(sizes)[-2] <= 100

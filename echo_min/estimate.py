@@ -161,9 +161,8 @@ def report(config: Config) -> str:
         context, terminals = largest("context", contexts, size), largest("terminals", range(1, 257), size)
         lines.append(f"  {size:7}   {fits:>4}   {context:15}   {terminals:14}")
     spent, assumed = days(estimate), inspect.signature(days).parameters.values()
-    lines.append(
-        f"\n{config.steps} steps of one arm: {sum(spent.values()):.1f} days on one GPU"
-    )
-    lines.append("  terminals not counted: " + ", ".join(f"{part} {value:.2f}" for part, value in spent.items()))
+    parts = ", ".join(f"{part} {value:.2f}" for part, value in spent.items())
+    lines.append(f"\n{config.steps} steps of one arm: {sum(spent.values()):.1f} days on one GPU")
+    lines.append(f"  terminals not counted: {parts}")
     lines.append("  assumed: " + ", ".join(f"{p.name} {p.default:g}" for p in list(assumed)[1:]))
     return "\n".join([*lines, lost_updates(config)]).rstrip()

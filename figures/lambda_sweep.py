@@ -15,13 +15,16 @@ from echo_min.config import Config
 
 EXPERIMENT = "lambda_sweep"
 SEEDS = 11, 12, 13
-LAMBDAS = 0.0, 0.01, 0.05, 0.2, 1.0, 5.0, 20.0, 100.0
 SCENES = {  # name -> (world, turns, steps, title); file learns faster, and a step of three calls takes longer
     "tool": ("tool", 1, 75, "tool, one call"),
     "hard": ("hard", 1, 75, "hard tool, one call"),
     "file": ("file", 3, 50, "files, three calls"),
 }
-BASES = {"moderate": 0.3, "high": 0.0}  # weight of the observations when the base was made
+BASES = {  # name -> (weight of the observations when the base was made, lambdas: finer where its curve bends)
+    "moderate": (0.3, (0.0, 0.01, 0.05, 0.2, 1.0, 5.0, 20.0, 100.0)),
+    "high": (0.0, (0.0, 0.0001, 0.001, 0.01, 0.05, 1.0)),
+}
+LAMBDAS = sorted({weight for _, weights in BASES.values() for weight in weights})
 NORMS = "selected", "global"  # beside the paper's, in one world
 NORM_SCENE, NORM_LAMBDAS = "hard", (0.05, 1.0, 20.0)
 COLOURS = {"moderate": common.COLOURS["echo"], "high": common.COLOURS["placebo"]}
@@ -37,10 +40,10 @@ def jobs() -> common.Jobs:
         config = Config(**common.SETTINGS, **settings, env_weight=weight)
         found[f"{scene}/{kind}/{weight:g}/{seed}"] = ("echo" if weight else "grpo"), config
 
-    for strength, base_weight in BASES.items():
+    for strength, (base_weight, weights) in BASES.items():
         for seed in SEEDS:
             for scene in SCENES:
-                for weight in LAMBDAS:
+                for weight in weights:
                     add(strength, scene, weight, seed, base_observation_weight=base_weight)
     for norm in NORMS:
         for seed in SEEDS:
@@ -71,7 +74,7 @@ def curve(lines: list[dict], scene: str, kind: str, key: str) -> dict[float, lis
 
 def place(weight: float) -> float:
     """Where a lambda stands on the axis: logarithmic, with 0 left of all."""
-    return np.log10(weight) if weight else -2.7
+    return np.log10(weight) if weight else -4.7
 
 
 def draw(lines: list[dict]) -> None:

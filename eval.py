@@ -19,10 +19,10 @@ import torch
 from tqdm import tqdm
 
 from echo_min import checkpoint, report
-from echo_min.config import Config, RunStopped
+from echo_min.config import PRESETS, Config, RunStopped
 from echo_min.harbor import harbor_tasks
 from echo_min.masking import Role, Transcript, observation_targets, pad
-from echo_min.policy import load_policy, on_this_machine, segment_logprobs
+from echo_min.policy import enough_memory, load_policy, on_this_machine, segment_logprobs
 from echo_min.rollout import Episode, StopReason, sample_episodes
 from echo_min.sandbox import TerminalDied, open_terminal
 from echo_min.sft import record
@@ -31,19 +31,17 @@ from echo_min.worlds import load_world
 
 
 @torch.no_grad()
-def observation_logprobs(model, transcripts: list[Transcript], tokens=16384) -> list[dict[int, float]]:
-    """-> for each transcript: position of an observation token -> its log-probability, nats.
-
-    tokens: padded ones in a forward pass, at most (or one transcript).
-    """
+def observation_logprobs(model, transcripts: list[Transcript], config: Config) -> list[dict[int, float]]:
+    """-> for each transcript: position of an observation token -> its log-probability, nats."""
     out = []
     while part := transcripts[len(out) : len(out) + 64]:
-        while len(part) > 1 and len(part) * max(map(len, part)) > tokens:
+        while len(part) > 1 and len(part) * max(map(len, part)) > config.prefill_tokens:
             part.pop()
         ids, roles, _ = pad(part)
         observations = observation_targets(roles)
         ids = ids.to(model.device)
-        _, logps = segment_logprobs(model, ids, ids, torch.zeros_like(observations), observations)
+        masks = torch.zeros_like(observations), observations
+        _, logps = segment_logprobs(model, ids, ids, *masks, logit_mb=config.logit_mb)
         rows = [{} for _ in ids]
         for (b, t), logp in zip(observations.nonzero().tolist(), logps.tolist(), strict=True):
             rows[b][t] = logp
@@ -51,9 +49,9 @@ def observation_logprobs(model, transcripts: list[Transcript], tokens=16384) -> 
     return out
 
 
-def observation_ce(model, transcripts: list[Transcript], tokens: int = 16384) -> float:
+def observation_ce(model, transcripts: list[Transcript], config: Config) -> float:
     """Mean cross-entropy of all observation tokens, nats per token; nan if there are none."""
-    logps = [logp for row in observation_logprobs(model, transcripts, tokens) for logp in row.values()]
+    logps = [logp for row in observation_logprobs(model, transcripts, config) for logp in row.values()]
     return -sum(logps) / len(logps) if logps else float("nan")
 
 
@@ -68,7 +66,7 @@ def evaluate(
     model, tokenizer, tasks: list[Task], expert: list[Transcript], config: Config, step: int
 ) -> dict:
     """One sampled and one greedy rollout of each task, and observation CE on the expert's trajectories."""
-    result = {"expert_ce": observation_ce(model, expert, config.prefill_tokens)}
+    result = {"expert_ce": observation_ce(model, expert, config)}
     for name, key in (("pass_rate", (2, config.seed, step)), ("pass_rate_greedy", None)):
         rewards = graded(sample_episodes(model, tokenizer, tasks, 1, config, key))
         result |= {name: sum(rewards) / len(rewards), "eval_tasks": len(rewards)}
@@ -106,6 +104,7 @@ def cli(argv: list[str] | None = None) -> None:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("checkpoint", type=Path, nargs="?", help="or an arm's folder: its newest")
+    parser.add_argument("--preset", choices=PRESETS, help="settings for a model that train.py did not write")
     parser.add_argument("--agent", choices=["policy", "oracle", "noop"], default="policy", help="[policy]")
     parser.add_argument("--tasks", default="world:tool", help="world:NAME (held out), or a folder of tasks")
     parser.add_argument("--backend", choices=["sandbox", "docker"], default="sandbox", help="[sandbox]")
@@ -141,7 +140,14 @@ def run(args: argparse.Namespace) -> None:
     if args.agent == "policy":
         folder = found[1] if (found := checkpoint.latest(args.checkpoint)) else args.checkpoint
         saved = folder / "echo_min.json"
-        config = on_this_machine(replace(Config.load(saved) if saved.exists() else config, device="auto"))
+        if args.preset:
+            config = Config(**PRESETS[args.preset])
+        elif saved.exists():
+            config = Config.load(saved)
+        else:
+            lacks = f"{folder}: no echo_min.json says how to prompt it and what fits its context"
+            raise ValueError(f"{lacks}; pass --preset, one of {', '.join(PRESETS)}")
+        config = on_this_machine(replace(config, device="auto"))
         model, tokenizer = load_policy(folder, config.device, config.dtype)
     given = {name: getattr(args, name) for name in ("temperature", "max_turns", "terminals")}
     if args.backend == "docker" and args.terminals is None:
@@ -160,8 +166,9 @@ def run(args: argparse.Namespace) -> None:
             key = None if rows[0][1] == "greedy" else (3, args.seed)
             part = [row for row in rows if (row[1] == "greedy") == (key is None)][: config.terminals]
             if args.agent == "policy":
-                episodes = sample_episodes(model, tokenizer, tasks, args.k, config, key, part)
-                logps = observation_logprobs(model, [e.transcript for e in episodes], config.prefill_tokens)
+                with enough_memory("evaluation"):
+                    episodes = sample_episodes(model, tokenizer, tasks, args.k, config, key, part)
+                    logps = observation_logprobs(model, [e.transcript for e in episodes], config)
                 texts = [report.transcript_text(tokenizer, e) for e in episodes]
                 for e, row in list(zip(episodes, logps, strict=True))[: max(0, args.show - len(shown))]:
                     shown.append((e, report.tokens_with_surprise(tokenizer, e.transcript, row)))

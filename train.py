@@ -16,7 +16,6 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,9 +26,16 @@ from echo_min.config import Config, RunStopped, parse_args
 from echo_min.echo import echo_loss, exchanged_targets, permuted_targets
 from echo_min.estimate import report as estimate_report
 from echo_min.grpo import group_advantages, grpo_loss
-from echo_min.masking import Role, observation_targets, observation_weights, pad, policy_weights
+from echo_min.masking import (
+    Role,
+    micro_batches,
+    observation_targets,
+    observation_weights,
+    pad,
+    policy_weights,
+)
 from echo_min.optimizer import make_optimizer, optimizer_step
-from echo_min.policy import load_policy, on_this_machine, segment_logprobs
+from echo_min.policy import enough_memory, load_policy, on_this_machine, segment_logprobs
 from echo_min.rollout import Episode, batch_metrics, sample_episodes
 from echo_min.sft import make_base
 from echo_min.tasks import Task, World
@@ -37,24 +43,6 @@ from echo_min.worlds import load_tasks
 from eval import evaluate, expert_transcripts
 
 TRIVIAL = 0.1  # nats per token: output that the policy knew beforehand
-LOWER = {
-    "rollout": "terminals, prefill_tokens or context",
-    "update": "micro_batch_tokens, logit_mb or context, or set gradient_checkpointing",
-}
-
-
-@contextmanager
-def enough_memory(phase: str):
-    """Raises RunStopped that names the settings to lower if memory runs out in this phase of LOWER."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        of_device = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not of_device and "can't allocate memory" not in str(error):  # how torch says it on a CPU
-            raise
-        what = str(error).split("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
-        advice = f"in its config.json lower {LOWER[phase]}"
-        raise RunStopped(f"out of memory in the {phase}: {advice} ({what})") from None
 
 
 def pick_tasks(tasks: list[Task], step: int, config: Config) -> list[Task]:
@@ -66,17 +54,6 @@ def pick_tasks(tasks: list[Task], step: int, config: Config) -> list[Task]:
         random.Random(f"{config.seed} {epoch}").shuffle(order)
         picked.append(tasks[order[position]])
     return picked
-
-
-def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Rows, longest first, in parts of at most `budget` padded tokens (or one row)."""
-    parts: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= budget:
-            parts[-1].append(row)
-        else:
-            parts.append([row])
-    return parts
 
 
 def update(model, optimizer, episodes: list[Episode], arm: str, step: int, config: Config, words=()) -> dict:
@@ -144,9 +121,7 @@ def train_arm(arm: str, config: Config, world: World, folder: Path, stop: thread
     metrics = folder / "metrics.jsonl"
     found = checkpoint.latest(folder / arm)
     first, path = found or (-1, folder / "base" if config.makes_base else config.model)
-    model, tokenizer = load_policy(path, config.device, config.dtype)
-    if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    model, tokenizer = load_policy(path, config.device, config.dtype, config.gradient_checkpointing)
     optimizer = make_optimizer(model, config)
     if found:
         checkpoint.restore_optimizer(path, optimizer)
@@ -210,6 +185,7 @@ def main(config: Config, folder: Path, stop: threading.Event | None = None) -> N
     config.claim(folder)
     with checkpoint.only_writer(folder):
         config = on_this_machine(config)
+        report.tracker_package(config)
         if config.makes_base and not (folder / "base").exists():
             make_base(config, world, folder / "base")
         for arm in config.arms.split(","):

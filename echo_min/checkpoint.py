@@ -34,18 +34,22 @@ def only_writer(folder: Path):
 
 def publish(model, tokenizer, folder: Path, config: Config, **extra) -> None:
     """Write the policy to `folder`, which appears complete or not at all, with the Config it was made under.
-    extra: name -> object, saved as name.pt."""
+    extra: name -> object, saved as name.pt. Raises OSError."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    config.save(new / "echo_min.json")
-    for name, state in extra.items():
-        torch.save(state, new / f"{name}.pt")
-    for file in filter(Path.is_file, new.rglob("*")):  # on disk before the rename that makes it the truth
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
+    try:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        config.save(new / "echo_min.json")
+        for name, state in extra.items():
+            torch.save(state, new / f"{name}.pt")
+        for file in filter(Path.is_file, new.rglob("*")):  # on disk before the rename that makes it the truth
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    except Exception as error:  # a full disk has another name in each of these libraries
+        shutil.rmtree(new, ignore_errors=True)
+        raise OSError(f"{folder}: could not be written: {error}") from error
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(new, folder)
 

@@ -58,7 +58,7 @@ class Config:
     tasks_per_step: int = _f(8, "tasks (groups) per step")
     group_size: int = _f(8, "rollouts per task")
     temperature: float = _f(1.0, "sampling temperature; the policy loss scores at the same one")
-    prefill_tokens: int = _f(16384, "padded tokens per forward pass that reads prompts and outputs")
+    prefill_tokens: int = _f(16384, "padded tokens per forward pass outside the update")
 
     # objective
     policy_weight: float = _f(1.0, "weight of the policy loss; 0: no verifier, observations alone")
@@ -163,6 +163,7 @@ PAPER = {  # section 3 and the released configuration
     "learning_rate": 1e-6, "warmup_steps": 20, "grad_clip": 0.2, "dtype": "bfloat16",
     "optimizer": "adamw8bit", "gradient_checkpointing": True, "micro_batch_tokens": 16_384, "save_every": 20,
     "eval_every": 20, "threads": 0, "terminals": 12,
+    "base_demonstrations": 200, "base_steps": 50, "base_batch": 8, "base_learning_rate": 1e-5,
 }  # fmt: skip
 PRESETS = {
     "tiny": {},

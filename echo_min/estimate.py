@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 from echo_min.config import Config
 from echo_min.optimizer import lost_updates
-from echo_min.policy import tiny_model, tiny_tokenizer
+from echo_min.policy import located, tiny_model, tiny_tokenizer
 
 GB, GPUS = 1e9, (24, 48, 80, 141)
 QWEN3 = dict(vocab_size=151936, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960)
@@ -34,7 +34,9 @@ def skeleton(name: str):
             config = tiny_model(tiny_tokenizer([]), 0).config
             config.vocab_size = 1024
         else:
-            config = Qwen3Config(**PUBLISHED[name]) if name in PUBLISHED else AutoConfig.from_pretrained(name)
+            source, options = located(name)
+            known = Qwen3Config(**PUBLISHED[name]) if name in PUBLISHED else None
+            config = known or AutoConfig.from_pretrained(source, **options)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # foreign files, or no hub: every kind of error comes out of them
@@ -134,9 +136,12 @@ def days(estimate: Estimate, filled=0.5, sampled=0.5, decode=25.0, mfu=0.4, flop
 
 
 def report(config: Config) -> str:
-    """All of it as text. Raises ValueError if the model's config can't be had."""
+    """All of it as text. Raises ValueError if the model's config can't be had or is of another kind."""
     model = skeleton(config.model)
-    estimate = Estimate(model, config)
+    try:
+        estimate = Estimate(model, config)
+    except AttributeError as error:
+        raise ValueError(f"{config.model}: not a decoder like Qwen3 or Llama ({error})") from None
 
     def largest(name: str, values, size: int) -> int:
         """The largest value of a setting for which both phases fit, or 0."""

@@ -97,7 +97,7 @@ def parse(reply: str, stopped_by: str | None, style: str = "plain") -> Action:
 
 
 def _parse_call(reply: str) -> Action:
-    if "<think>" in reply:
+    if "<think>" in reply.partition("<tool_call>")[0]:
         _, closed, reply = reply.partition("</think>")
         if not closed:
             return Action(warning=UNCLOSED)

@@ -112,3 +112,14 @@ def observation_weights(
     else:
         raise ValueError(f"observation_norm: {norm!r} is not one of observation, selected, global")
     return torch.where(selected > 0, share[:, None], 0.0)
+
+
+def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Rows, longest first, in parts of at most `budget` padded tokens (or one row)."""
+    parts: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= budget:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts

@@ -1,6 +1,7 @@
 """The policy: a causal language model and its tokenizer, from scratch or in Hugging Face format."""
 
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from echo_min.config import Config
+from echo_min.config import Config, RunStopped
 from echo_min.harness import END, MARKERS
 from kernels.segment_logprob import dual_segment_logprobs, head_weight
 
@@ -28,6 +29,32 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+SAVED = "in its config.json"
+ADVICE = {  # phase -> what to do when memory runs out in it
+    "rollout": f"{SAVED} lower terminals, prefill_tokens or context",
+    "update": f"{SAVED} lower micro_batch_tokens, logit_mb or context, or set gradient_checkpointing",
+    "supervised stage": f"{SAVED} lower prefill_tokens or logit_mb, or set gradient_checkpointing",
+    "evaluation": "pass a lower --terminals",
+    "loading of the model": "take a smaller one, or dtype bfloat16",
+}
+
+
+@contextmanager
+def enough_memory(phase: str):
+    """Raises RunStopped that says what to do if memory runs out in this phase of ADVICE."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        what = str(error).split("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
+        raise RunStopped(f"out of memory in the {phase}: {ADVICE[phase]} ({what})") from None
+
+
+def ran_out(error: Exception) -> bool:
+    of_device = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return of_device or "can't allocate memory" in str(error)  # how torch says it on a CPU
 
 
 def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
@@ -66,16 +93,23 @@ def tiny_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
     )
 
 
-def load_policy(name: str | Path, device: str = "cpu", dtype: str = "float32"):
+def located(name: str) -> tuple[str, dict]:
+    """A folder, a Hugging Face name, or a package with a GGUF file -> what from_pretrained takes."""
+    if name.isidentifier() and not Path(name).exists() and (package := find_spec(name)):
+        name = next(iter(package.submodule_search_locations or [name]))
+    files = sorted(Path(name).glob("*.gguf"))
+    return name, {"gguf_file": files[0].name} if files else {}
+
+
+@enough_memory("loading of the model")
+def load_policy(
+    name: str | Path, device: str = "cpu", dtype: str = "float32", gradient_checkpointing: bool = False
+):
     """-> (model, tokenizer) from a folder, a Hugging Face name, or an installed package with a GGUF file.
 
-    Raises ValueError saying what is wrong.
+    Raises ValueError saying what is wrong, RunStopped if memory runs out.
     """
-    source, options = str(name), {}
-    if source.isidentifier() and not Path(source).exists() and (package := find_spec(source)):
-        source = next(iter(package.submodule_search_locations or [source]))
-    if files := sorted(Path(source).glob("*.gguf")):
-        options = {"gguf_file": files[0].name}
+    source, options = located(str(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if options:  # weights to train, not the blocks of few bits that the file holds
@@ -84,6 +118,8 @@ def load_policy(name: str | Path, device: str = "cpu", dtype: str = "float32"):
             source, dtype=getattr(torch, dtype), output_loading_info=True, **options
         )
     except Exception as error:  # foreign files: every kind of error comes out of them
+        if ran_out(error):
+            raise
         reason = str(error).strip().split("\n")[0]
         problem = f"{name}: neither a checkpoint folder nor a model that can be fetched ({reason})"
         raise ValueError(problem) from None
@@ -97,6 +133,8 @@ def load_policy(name: str | Path, device: str = "cpu", dtype: str = "float32"):
         head_weight(model)
     except TypeError as error:
         raise ValueError(f"{name}: {error}") from None
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model.to(device), tokenizer
 
 

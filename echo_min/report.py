@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from echo_min.config import Config
+from echo_min.config import Config, RunStopped
 from echo_min.masking import Role, Transcript
 
 Token = tuple[str, Role, float]  # text, who wrote it, surprise in nats (0 outside observations)
@@ -34,28 +34,40 @@ def log(path: Path, record: dict, track: Callable[[dict], None] = lambda record:
     track(record)
 
 
-@contextmanager
-def tracker(config: Config, arm: str):
-    """-> a function that sends a record's numbers to trackio or wandb, whose calls are the same, or nowhere.
-
-    Raises ValueError if the package is not installed.
-    """
+def tracker_package(config: Config):
+    """trackio or wandb, whose calls are the same, or None. Raises ValueError if it is not installed."""
     if config.tracker == "none":
-        yield lambda record: None
-        return
+        return None
     try:
         package = import_module(config.tracker)
-        start = package.init  # not there if only a folder of its logs is
-    except (ImportError, AttributeError):
-        raise ValueError(f"tracker: pip install {config.tracker}; it is not here") from None
-    run = start(project="echo_min", name=f"{config.name}-{arm}", config=asdict(config))
+    except ImportError:
+        package = None
+    if not hasattr(package, "init"):  # what is there may be a folder of its logs
+        raise ValueError(f"tracker: pip install {config.tracker}; it is not here")
+    return package
+
+
+@contextmanager
+def tracker(config: Config, arm: str):
+    """-> a function that sends a record's numbers to the tracker, in a run begun with the first of them."""
+    package, runs = tracker_package(config), []
+
+    def track(record: dict) -> None:
+        if package and not runs:
+            settings = {"project": "echo_min", "name": f"{config.name}-{arm}", "config": asdict(config)}
+            try:
+                runs.append(package.init(**settings))
+            except Exception as error:  # of another's network, account or disk
+                raise RunStopped(f"tracker: {config.tracker} does not start: {error}") from None
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        for run in runs:
+            run.log(numbers, step=record["step"])
+
     try:
-        yield lambda record: run.log(
-            {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"},
-            step=record["step"],
-        )
+        yield track
     finally:
-        run.finish()
+        for run in runs:
+            run.finish()
 
 
 def read(path: Path) -> list[dict]:

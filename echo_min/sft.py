@@ -11,9 +11,17 @@ from echo_min import harness
 from echo_min.checkpoint import publish
 from echo_min.config import Config, RunStopped
 from echo_min.echo import echo_loss
-from echo_min.masking import Role, Transcript, observation_targets, observation_weights, pad, policy_weights
+from echo_min.masking import (
+    Role,
+    Transcript,
+    micro_batches,
+    observation_targets,
+    observation_weights,
+    pad,
+    policy_weights,
+)
 from echo_min.optimizer import make_optimizer, optimizer_step
-from echo_min.policy import load_policy, segment_logprobs, tiny_model, tiny_tokenizer
+from echo_min.policy import enough_memory, load_policy, segment_logprobs, tiny_model, tiny_tokenizer
 from echo_min.rollout import Episode, Script, StopReason, rollout
 from echo_min.tasks import Task, World
 
@@ -33,10 +41,12 @@ def record(tokenizer, scripts: list[tuple[Task, list[str]]], config: Config) -> 
     return episodes
 
 
+@enough_memory("supervised stage")
 def supervise(model, transcripts: list[Transcript], config: Config, action_weight: float = 1.0) -> None:
     """Minimise action_weight * CE(actions) + base_observation_weight * CE(observations), in place.
 
-    base_steps of AdamW on base_batch transcripts; the learning rate rises for a tenth of them, then falls.
+    base_steps of AdamW on base_batch transcripts, in forward passes of at most prefill_tokens; the learning
+    rate rises for a tenth of the steps, then falls. Raises RunStopped if memory runs out.
     """
     rng = random.Random(f"supervise {config.seed}")
     optimizer = make_optimizer(model, config)
@@ -44,17 +54,23 @@ def supervise(model, transcripts: list[Transcript], config: Config, action_weigh
     for step in bar:
         done = (step + 1) / config.base_steps
         learning_rate = config.base_learning_rate * min(10 * done, (1 - done) / 0.9)
-        ids, roles, _ = pad(rng.choices(transcripts, k=config.base_batch))  # [B, T]
-        actions, observations = roles == Role.ACTION, observation_targets(roles)
-        ids = ids.to(model.device)
-        action, observation = segment_logprobs(model, ids, ids, actions, observations)
+        batch = rng.choices(transcripts, k=config.base_batch)
+        ids, roles, _ = pad(batch)  # [B, T]
         one_group = torch.zeros(len(ids), dtype=torch.int64)
-        action_ce = echo_loss(action, policy_weights(roles, one_group)[actions].to(model.device))
-        observation_ce = echo_loss(observation, observation_weights(roles)[observations].to(model.device))
-        (action_weight * action_ce + config.base_observation_weight * observation_ce).backward()
+        # masks and weights, each [B, T]; the weights hold the whole batch's normaliser, so parts add up
+        masks = roles == Role.ACTION, observation_targets(roles)
+        whole = ids, *masks, policy_weights(roles, one_group), observation_weights(roles)
+        total = [0.0, 0.0]
+        for rows in micro_batches([len(t) for t in batch], config.prefill_tokens):
+            T = max(len(batch[row]) for row in rows)
+            i, a, o, w_a, w_o = (x[sorted(rows), :T].to(model.device) for x in whole)
+            action, observation = segment_logprobs(model, i, i, a, o, logit_mb=config.logit_mb)
+            action_ce, observation_ce = echo_loss(action, w_a[a]), echo_loss(observation, w_o[o])
+            (action_weight * action_ce + config.base_observation_weight * observation_ce).backward()
+            total = [total[0] + action_ce.item(), total[1] + observation_ce.item()]
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer_step(optimizer, learning_rate, seed=config.seed * 1_000_003 + step)
-        bar.set_postfix_str(f"action CE {action_ce.item():.2f}, observation CE {observation_ce.item():.2f}")
+        bar.set_postfix_str(f"action CE {total[0]:.2f}, observation CE {total[1]:.2f}")
 
 
 def make_base(config: Config, world: World, folder: Path) -> None:
@@ -68,7 +84,8 @@ def make_base(config: Config, world: World, folder: Path) -> None:
         tokenizer = trained_tokenizer(demonstrations[:200], world, config)
         model = tiny_model(tokenizer, config.seed).to(config.device)
     else:
-        model, tokenizer = load_policy(config.model, config.device, config.dtype)
+        settings = config.device, config.dtype, config.gradient_checkpointing
+        model, tokenizer = load_policy(config.model, *settings)
     supervise(model, [e.transcript for e in record(tokenizer, demonstrations, config)], config)
     publish(model, tokenizer, folder, config)
 

@@ -99,7 +99,7 @@ def floor(key: str, config: Config) -> dict:
     training = record(tokenizer, [(task, world.expert(task, rng)) for task in world.train], config)
     transcripts = [e.transcript for e in training]
     supervise(model, transcripts, replace(config, base_observation_weight=1.0), action_weight=0.0)
-    ce = observation_ce(model, expert_transcripts(tokenizer, world, config))
+    ce = observation_ce(model, expert_transcripts(tokenizer, world, config), config)
     line = {"key": key, "config": common.digest(config), "arm": "floor", "seed": config.seed}
     return line | {"observation_ce": ce}
 

@@ -31,7 +31,7 @@ def run(folder: Path) -> None:
         found = checkpoint.latest(folder / title)
         model, tokenizer = load_policy(found[1] if found else folder / title)
         transcript = expert_transcripts(tokenizer, world, config)[0]
-        (logprobs,) = observation_logprobs(model, [transcript])
+        (logprobs,) = observation_logprobs(model, [transcript], config)
         tokens = report.tokens_with_surprise(tokenizer, transcript, logprobs)
         panels[title] = [(text, int(role), round(nats, 3)) for text, role, nats in tokens]
     common.DATA.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config, Qwen3ForCausalLM
 
 import train
 from echo_min.config import PRESETS, Config
@@ -145,13 +145,16 @@ def test_more_room_never_holds_less():
     )
 
 
-def test_the_command_line(capsys):
+def test_the_command_line(capsys, tmp_path):
     train.cli(["--preset", "qwen3_8b", "--optimizer", "adamw", "--estimate"])
     out = capsys.readouterr().out
     assert "loses nearly every update" in out and "optimizer states" in out
     assert "no/such-model: its config can't be" in refused(
         train, ["--estimate", "--model", "no/such-model"], capsys
     )
+    GPT2Config().save_pretrained(tmp_path)
+    said = refused(train, ["--estimate", "--model", str(tmp_path)], capsys)
+    assert "not a decoder like Qwen3 or Llama" in said
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ PAIR = "<parameter=command>b</parameter>"
         (call("bash", timeout=7, command="a"), Action("a", 7.0)),
         ("<tool_call><function=bash><parameter=command>ls</parameter></function></tool_call>", Action("ls")),
         (call("bash", command="echo '<tool_call>'"), Action("echo '<tool_call>'")),
+        (call("bash", command="grep '<think>' log"), Action("grep '<think>' log")),
         (BARE + BARE, Action("ls -l", warning=harness.ONE_CALL)),
         (DONE + BARE, Action(done=True, warning=harness.ONE_CALL)),
         ("<tool_call>broken" + BARE, Action(warning=harness.BAD_CALL)),  # the first call counts

@@ -10,7 +10,15 @@ import train
 from echo_min.config import Config, RunStopped
 from echo_min.echo import echo_loss, exchanged_targets, permuted_targets
 from echo_min.grpo import group_advantages, grpo_loss
-from echo_min.masking import Role, Transcript, observation_targets, observation_weights, pad, policy_weights
+from echo_min.masking import (
+    Role,
+    Transcript,
+    micro_batches,
+    observation_targets,
+    observation_weights,
+    pad,
+    policy_weights,
+)
 from echo_min.rollout import Episode, StopReason
 from echo_min.tasks import Task
 from kernels.segment_logprob import dual_segment_logprobs
@@ -114,7 +122,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(model, norms):
 
 def test_micro_batches_hold_every_row_once_within_the_budget():
     lengths = [5, 9, 2, 7, 7, 1, 30]
-    parts = train.micro_batches(lengths, 20)
+    parts = micro_batches(lengths, 20)
     assert sorted(row for part in parts for row in part) == list(range(7))
     assert all(len(p) == 1 or len(p) * max(lengths[r] for r in p) <= 20 for p in parts)
 

@@ -170,13 +170,15 @@ import ctypes, importlib, resource, sys
 from pathlib import Path
 import train
 from echo_min.config import Config
-folder, (module, owner, name), calls = Path(sys.argv[1]), sys.argv[2].split(), 0
+folder, (module, owner, name) = Path(sys.argv[1]), sys.argv[2].split()
 owner = getattr(importlib.import_module(module), owner)
 real = getattr(owner, name)
 def starved(self, *args, **kwargs):
-    global calls
-    calls += 1
-    if len(list((folder / "echo").glob("step-000001"))):  # in the second step there is no more room
+    if not len(list((folder / "echo").glob("step-000001"))):
+        pass
+    elif name == "publish":  # in the second step there is no more room on the disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, -1))
+    else:  # or none in memory
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + (2 << 20), -1))
@@ -194,10 +196,12 @@ train.cli(["--resume", str(folder)])
             "echo_min.sampler Sampler _read",
             "in the rollout: in its config.json lower terminals, prefill_tokens",
         ),
+        ("echo_min checkpoint publish", "step-000002: could not be written"),
     ],
 )
-def test_out_of_memory_names_the_setting_and_keeps_the_checkpoint(run, site, says):  # noqa: F811
-    """A model with a wide MLP, and 2 MiB of room from the second step on: less than an activation."""
+def test_out_of_memory_or_disk_says_so_and_keeps_the_checkpoint(run, site, says):  # noqa: F811
+    """A model with a wide MLP, and 2 MiB of room from the second step on: less than an activation; or a disk
+    that takes 1 MiB a file."""
     _, tokenizer = load_policy(run / "base")
     wide = tiny_model(tokenizer, 0).config
     wide.intermediate_size = 16384
@@ -207,9 +211,8 @@ def test_out_of_memory_names_the_setting_and_keeps_the_checkpoint(run, site, say
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", CHILD, str(run), site]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and says in done.stderr and "you tried to allocate" in done.stderr, (
-        done.stderr
-    )
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 1 and says in done.stderr, done.stderr
+    assert "you tried to allocate" in done.stderr or "File too large" in done.stderr
+    assert "Traceback" not in done.stderr and not list(run.rglob("*.tmp"))
     assert checkpoint.latest(run / "echo")[0] == 1
     load_policy(checkpoint.latest(run / "echo")[1])

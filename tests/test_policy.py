@@ -13,8 +13,9 @@ import train
 from echo_min import checkpoint
 from echo_min.config import PRESETS, Config
 from echo_min.masking import Role, Transcript, pad
-from echo_min.policy import load_policy, marker_ids, segment_logprobs
+from echo_min.policy import load_policy, marker_ids, segment_logprobs, tiny_model
 from echo_min.rollout import StopReason, sample_episodes
+from echo_min.sft import supervise
 from echo_min.worlds import load_world
 from eval import observation_ce
 
@@ -120,9 +121,31 @@ def test_long_transcripts_are_scored_in_parts(model, monkeypatch):
         transcripts.append(Transcript())
         transcripts[-1].append(Role.PROMPT, [3])
         transcripts[-1].append(Role.OBSERVATION, [5 + i % 90 for i in range(n)])
-    whole, sizes, real = observation_ce(model, transcripts), [], model.base_model.forward
+    whole, sizes, real = observation_ce(model, transcripts, Config()), [], model.base_model.forward
     monkeypatch.setattr(
         model.base_model, "forward", lambda **given: sizes.append(given["input_ids"].numel()) or real(**given)
     )
-    assert observation_ce(model, transcripts, 100) == pytest.approx(whole, abs=1e-5)
+    assert observation_ce(model, transcripts, Config(prefill_tokens=100)) == pytest.approx(whole, abs=1e-5)
     assert len(sizes) > 3 and max(sizes) == 201 and sorted(sizes)[-2] <= 100
+
+
+def test_the_supervised_stage_in_parts_learns_the_same(tokenizer):
+    """A batch in several forward passes, and activations computed again, give the weights of the whole."""
+    transcripts, results = [], []
+    for n in (5, 9, 30, 12, 2):
+        transcripts.append(Transcript())
+        transcripts[-1].append(Role.PROMPT, [3])
+        transcripts[-1].append(Role.ACTION, [90 - i for i in range(n)], [0.0] * n)
+        transcripts[-1].append(Role.OBSERVATION, [5 + i for i in range(2 * n)])
+    for lean in ({}, {"prefill_tokens": 100}, {"prefill_tokens": 1, "gradient_checkpointing": True}):
+        config = Config(base_steps=3, base_batch=6, **lean)
+        model, passes = tiny_model(tokenizer, 0), []
+        if config.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model.base_model.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        supervise(model, transcripts, config)
+        results.append((passes, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    (whole, weights), *others = results
+    assert len(whole) == 3 and [len(passes) > 6 for passes, _ in others] == [True, True]
+    for _, other in others:
+        torch.testing.assert_close(other, weights, atol=1e-4, rtol=0)

@@ -181,6 +181,7 @@ def test_eval_measures_and_shows_a_checkpoint(finished, capsys):
         (["--resume", "runs/none"], "runs/none holds no config.json; it is not a run folder"),
         (["--resume", "runs/none", "--steps", "3"], "remove --steps"),
         (["--model", "no/such-model", "--steps", "1"], "no/such-model: neither a checkpoint folder nor"),
+        (["--tracker", "wandb"], "tracker: pip install wandb; it is not here"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -228,4 +229,6 @@ def test_a_refused_sandbox_says_what_to_do(run, monkeypatch, capsys):
 
 
 def test_eval_refuses_what_is_no_checkpoint(tmp_path, capsys):
-    assert "neither a checkpoint folder nor a model" in refused(eval, [str(tmp_path)], capsys)
+    assert "pass --preset, one of tiny" in refused(eval, [str(tmp_path)], capsys)
+    said = refused(eval, [str(tmp_path), "--preset", "tiny"], capsys)
+    assert "neither a checkpoint folder nor a model" in said

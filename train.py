@@ -182,8 +182,8 @@ def main(config: Config, folder: Path, stop: threading.Event | None = None) -> N
     stop: set it to end after the step at work. Raises RunStopped, or ValueError for a wrong folder.
     """
     world = load_tasks(config.tasks, config.allow_network)
-    config.claim(folder)
     with checkpoint.only_writer(folder):
+        config.claim(folder)
         config = on_this_machine(config)
         report.tracker_package(config)
         if config.makes_base and not (folder / "base").exists():

@@ -146,14 +146,14 @@ class Config:
             raise ValueError(f"{path}: not a config of this version ({error})") from None
 
     def claim(self, folder: Path) -> None:
-        """Make `folder` the folder of this run. Raises ValueError if it holds a run with other settings."""
+        """Make `folder` the folder of this run. Raises ValueError if it holds a run with other settings;
+        one that ended before it left anything holds none."""
         path = folder / "config.json"
-        if path.exists():
+        if path.exists() and {file.name for file in folder.iterdir()} - {"config.json", "lock"}:
             old, new = asdict(Config.load(path)), asdict(self)
             if changed := [name for name in new if old[name] != new[name]]:
                 raise ValueError(f"{folder} holds a run with another {', '.join(changed)}: pass a new --name")
         else:
-            folder.mkdir(parents=True, exist_ok=True)
             self.save(path)
 
 

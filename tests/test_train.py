@@ -192,10 +192,16 @@ def test_wrong_input_is_one_clear_line(tmp_path, monkeypatch, capsys, flags, mes
 
 def test_a_run_folder_is_never_overwritten(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    (tmp_path / "runs" / "tiny" / "base").mkdir(parents=True)
     replace(SMALL, name="tiny", learning_rate=1e-5).save(tmp_path / "runs" / "tiny" / "config.json")
     said = refused(train, ["--learning_rate", "1e-4"], capsys)
     assert "runs/tiny holds a run with another" in said and "learning_rate" in said
+
+
+def test_a_run_that_left_nothing_keeps_no_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    refused(train, ["--model", "no/such-model"], capsys)
+    assert "no/other: neither" in refused(train, ["--model", "no/other"], capsys)
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "model.safetensors"])

@@ -103,22 +103,23 @@ def draw(lines: list[dict]) -> None:
             common.style(ax, ylabel=label if column == 0 else "", ylim=(0, None))
         axes[0, column].set_title(SCENES[scene][3], fontsize=10)
         ticks = [place(weight) for weight in LAMBDAS]
-        axes[-1, column].set_xticks(ticks, [f"{weight:g}" for weight in LAMBDAS])
+        axes[-1, column].set_xticks(ticks, [f"{weight:g}" for weight in LAMBDAS], rotation=45)
         axes[-1, column].set_xlabel("$\\lambda$ (dotted: the paper's 0.05)")
     handles = axes[0, list(SCENES).index(NORM_SCENE)].get_legend_handles_labels()
     fig.legend(*handles, loc="lower center", ncols=4, frameon=False, fontsize=9)
     fig.tight_layout(rect=(0, 0.04, 1, 1))
     common.save(fig, EXPERIMENT)
-    table(lines)
+    for key, label in rows:
+        table(lines, key, label.replace("\n", " "))
 
 
-def table(lines: list[dict]) -> None:
-    print("pass rate, mean over the curve, ± 95 % interval over seeds\n")
+def table(lines: list[dict], key: str, label: str) -> None:
+    print(f"\n{label}: mean ± 95 % interval over seeds\n")
     print("| world | base | " + " | ".join(f"{weight:g}" for weight in LAMBDAS) + " |")
     print("|---" * (len(LAMBDAS) + 2) + "|")
     for scene in SCENES:
         for kind in (*BASES, *NORMS):
-            if points := curve(lines, scene, kind, "pass_rate"):
+            if points := curve(lines, scene, kind, key):
                 cells = [common.interval(points[w]) if w in points else "" for w in LAMBDAS]
                 print(f"| {SCENES[scene][3]} | {kind} | " + " | ".join(cells) + " |")
 

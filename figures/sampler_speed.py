@@ -149,7 +149,7 @@ def main(rounds: int) -> None:
             ratio = f"{medians[1]:.2f} [{min(ratios):.2f}, {max(ratios):.2f}]" if side != "ours" else ""
             print(f"| {name} | {side} | {speed} | {ratio} |", flush=True)
             line = {"model": name, "side": side, "rounds": rounds, "turns": TURNS, "size": SIZES[name]}
-            lines.append(line | {"tokens_per_second": medians[0], "ours_over_it": medians[1]})
+            lines.append(line | {"tokens_per_second": [round(value, 2) for value in values]})
     (common.DATA / "sampler_speed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(f"\nsize: episodes, prompt, observations, reply: {SIZES}; {TURNS} turns, {rounds} rounds, 1 thread")
 

@@ -53,8 +53,8 @@ def enough_memory(phase: str):
 
 
 def ran_out(error: Exception) -> bool:
-    of_device = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return of_device or "can't allocate memory" in str(error)  # how torch says it on a CPU
+    said = "can't allocate memory" in str(error) or "can't start new thread" in str(error)  # torch, Python
+    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:

@@ -28,8 +28,12 @@ SCENES = {  # name -> (world, turns, steps, lambda chosen on a development seed,
     "tool": ("tool", 1, 100, 1.0, "tool, one call"),
     "tool3": ("tool", 3, 100, 1.0, "tool, three calls"),
     "file": ("file", 3, 50, 1.0, "files, three calls"),
+    "python": ("python", 1, 100, 1.0, "python, one call"),
 }
-TUNED = {"file": {"base_steps": 600, "learning_rate": 3e-4}}  # chosen on development seeds; else the defaults
+TUNED = {  # chosen on development seeds; else the defaults
+    "file": {"base_steps": 600, "learning_rate": 3e-4},
+    "python": {"max_action_tokens": 24},  # a call alone takes 16
+}
 CONTROL_STEPS = 75  # of the placebos and of the lying terminal
 ARMS = {  # name -> (arm, lambda or None for the chosen one)
     "grpo": ("grpo", 0.05),

@@ -60,7 +60,7 @@ def base(config: Config, seed: int) -> Path:
     strength = f"{config.base_observation_weight:g}"
     path = RUNS / "bases" / f"{world}-{config.max_turns}-{strength}-{config.base_steps}-{seed}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
+    with open(path.with_name(f"{path.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             config = train.on_this_machine(replace(config, seed=seed, tasks=f"world:{world}"))

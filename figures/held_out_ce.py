@@ -29,28 +29,29 @@ def relative(lines: list[dict], scene: str, arm: str) -> list[float]:
 def main() -> None:
     lines = common.load(learning_curves.EXPERIMENT, learning_curves.jobs())
     scenes = [scene for scene in SCENES if of(lines, scene, "grpo")]
-    fig, axes = plt.subplots(1, len(scenes), figsize=(5.5 * len(scenes), 4.2), squeeze=False, sharey=True)
+    bars = {scene: [b for b in BARS if b == "base" or of(lines, scene, b)] for scene in scenes}
+    widths = [len(names) for names in bars.values()]
+    fig, axes = plt.subplots(
+        1, len(scenes), figsize=(0.55 * sum(widths) + 1, 4.4), width_ratios=widths, squeeze=False, sharey=True
+    )
     print("observation CE on the expert's trajectories after training / the base's, ± 95 % interval\n")
     print("| | " + " | ".join(SCENES[scene][4] for scene in scenes) + " |")
     print("|---" * (len(scenes) + 1) + "|")
     table = {arm: [] for arm in BARS[1:]}
     for ax, scene in zip(axes[0], scenes, strict=True):
         ax.axhline(1, color="#999999", lw=1)
-        for x, arm in enumerate(BARS):
+        for arm in table:
+            table[arm].append(common.interval(relative(lines, scene, arm)) if arm in bars[scene] else "")
+        names = []
+        for x, arm in enumerate(bars[scene]):
             values = [1.0] if arm == "base" else relative(lines, scene, arm)
-            if arm != "base":
-                table[arm].append(common.interval(values) if values else "")
-            if not values:
-                continue
             mean, half = common.report.mean_interval(values)
             ax.bar(x, mean, yerr=half if len(values) > 1 else None, color=common.COLOURS[arm], capsize=3)
-            top = min(mean + (half if len(values) > 1 else 0), 2.35)
-            ax.annotate(f"{100 * (mean - 1):+.0f} %", (x, top + 0.03), ha="center", fontsize=8)
+            names.append(f"{arm.replace('_', ' ')}, {100 * (mean - 1):+.0f} %")
             if arm in PAPER:
                 low, high = PAPER[arm]
                 ax.fill_between([x - 0.45, x + 0.45], low, high, color="black", alpha=0.25, lw=0)
-        names = ["\n".join(arm.replace("_", " ").split()) for arm in BARS]
-        ax.set_xticks(range(len(BARS)), names, fontsize=7)
+        ax.set_xticks(range(len(names)), names, fontsize=8, rotation=90)
         common.style(ax, ylabel="observation CE / the base's" if ax is axes[0, 0] else "", ylim=(0, 2.5))
         ax.set_title(f"{SCENES[scene][4]}", fontsize=10)
     fig.suptitle("grey: the paper's range (Qwen3-8B and 14B, three task sets)", fontsize=9)

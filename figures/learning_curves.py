@@ -121,8 +121,11 @@ def draw(lines: list[dict]) -> None:
         ("pass_rate", EXPERIMENT, "pass rate, held-out tasks"),
         ("pass_rate_greedy", f"{EXPERIMENT}_greedy", "greedy pass rate, held-out tasks"),
     ):
-        fig, axes = plt.subplots(1, len(scenes), figsize=(5 * len(scenes), 4.6), squeeze=False, sharey=True)
-        for ax, scene in zip(axes[0], scenes, strict=True):
+        fig, ((*axes,), (*more, rest)) = plt.subplots(2, 3, figsize=(15, 9), sharey=True)
+        axes += more
+        for ax in [*axes[len(scenes) :], rest]:
+            ax.axis("off")
+        for ax, scene in zip(axes, scenes, strict=False):
             for arm in LABELS:
                 colour = common.COLOURS.get(arm) or common.COLOURS[arm.removesuffix(" 0.05")]
                 dashes = "-" if arm in MAIN else ":" if arm.endswith("0.05") else "--"
@@ -130,10 +133,9 @@ def draw(lines: list[dict]) -> None:
             seeds = len({line["seed"] for line in of(lines, scene, "grpo")})
             title = f"{SCENES[scene][4]} ($\\lambda$ = {SCENES[scene][3]:g}, {seeds} seeds)"
             common.style(ax, xlabel="step", ylabel=label, ylim=(0, 1.02))
-            ax.set_title(title, fontsize=10)
-        handles = axes[0][0].get_legend_handles_labels()
-        fig.legend(*handles, loc="lower center", ncols=2 + (len(scenes) > 1), frameon=False, fontsize=9)
-        fig.tight_layout(rect=(0, 0.2, 1, 1))
+            ax.set_title(title, fontsize=12)
+        rest.legend(*axes[0].get_legend_handles_labels(), loc="center", frameon=False, fontsize=12)
+        fig.tight_layout()
         common.save(fig, name)
     for scene in scenes:
         table(lines, scene)

@@ -60,8 +60,8 @@ LABELS = {
     "placebo_outputs 0.05": "outputs exchanged, 0.05",
     "lying 0.05": "the terminal lies, 0.05",
 }
-HEADLINE = "hard"  # the scene with every arm; the others have GRPO, ECHO and the floor
-MAIN = "grpo", "echo", "echo 0.05", "floor"
+HEADLINE = "hard"  # the scene with every arm; the others have the main ones
+MAIN = "grpo", "echo", "echo 0.05"
 
 
 def jobs() -> common.Jobs:
@@ -69,8 +69,8 @@ def jobs() -> common.Jobs:
     for scene, (world, turns, steps, chosen, _) in SCENES.items():
         for seed in SEEDS:
             for name, (arm, weight) in ARMS.items():
-                control = name not in MAIN
-                if (control and scene != HEADLINE) or (name == "echo 0.05" and chosen == 0.05):
+                control = name not in (*MAIN, "floor")
+                if name not in MAIN and scene != HEADLINE:
                     continue
                 tasks = f"world:{world}" + ("-lying" if name.startswith("lying") else "")
                 settings = {"tasks": tasks, "max_turns": turns, "seed": seed} | TUNED.get(world, {})

@@ -29,7 +29,7 @@ def relative(lines: list[dict], scene: str, arm: str) -> list[float]:
 def main() -> None:
     lines = common.load(learning_curves.EXPERIMENT, learning_curves.jobs())
     scenes = [scene for scene in SCENES if of(lines, scene, "grpo")]
-    bars = {scene: [b for b in BARS if b == "base" or of(lines, scene, b)] for scene in scenes}
+    bars = {scene: [b for b in BARS if b == "base" or relative(lines, scene, b)] for scene in scenes}
     widths = [len(names) for names in bars.values()]
     fig, axes = plt.subplots(
         1, len(scenes), figsize=(0.55 * sum(widths) + 1, 4.4), width_ratios=widths, squeeze=False, sharey=True

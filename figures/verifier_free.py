@@ -20,7 +20,7 @@ from echo_min.worlds import load_world
 from eval import graded
 
 EXPERIMENT = "verifier_free"
-SEEDS = learning_curves.SEEDS[:3]
+SEEDS = learning_curves.SEEDS
 SCENE = "tool"  # whose checkpoints it starts from
 STEPS = 60
 FAMILIES = {

@@ -156,7 +156,8 @@ def run(args: argparse.Namespace) -> None:
 
     settings = {name: str(getattr(args, name)) for name in ("agent", "tasks", "allow_network", "seed")}
     settings |= {"checkpoint": str(folder)} if args.agent == "policy" else {}
-    settings |= {name: getattr(config, name) for name in ("backend", "temperature", "max_turns")}
+    counted = "backend temperature max_turns harness context max_action_tokens output_chars dtype".split()
+    settings |= {name: getattr(config, name) for name in counted}
     trials, shown = kept_trials(args.out, settings), []
     have = {(record["task"], record["member"]) for record in trials}
     members = [*range(args.k), *(["greedy"] if args.agent == "policy" and world else [])]

@@ -212,6 +212,7 @@ def cli(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, RunStopped, KeyboardInterrupt) as error:
         hint = f"\nWhat is saved stays: python train.py --resume {folder}"
         saved = any(checkpoint.latest(arm) for arm in folder.glob("*")) or (folder / "base").exists()
+        saved |= isinstance(error, RunStopped) and (folder / "config.json").exists()  # to be edited
         sys.exit(f"train.py: {str(error) or 'interrupted'}{hint if saved else ''}")
     finally:
         signal.signal(signal.SIGINT, before)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from echo_min.config import Config
+from echo_min.policy import enough_memory, ran_out
 
 
 @contextmanager
@@ -68,11 +69,15 @@ def latest(arm: Path) -> tuple[int, Path] | None:
     return max(((int(f.name[5:]), f) for f in arm.glob("step-*") if f.name[5:].isdigit()), default=None)
 
 
+@enough_memory("loading of the model")
 def restore_optimizer(folder: Path, optimizer) -> None:
-    """Load the state saved in a checkpoint. Raises ValueError if it is not one of ours."""
+    """Load the state saved in a checkpoint. Raises ValueError if it is not one of ours, RunStopped if memory
+    runs out."""
     try:
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
     except Exception as error:  # a foreign or torn file
+        if ran_out(error):
+            raise
         raise ValueError(f"{folder}: not a checkpoint to resume from: optimizer.pt: {error}") from None
 
 

@@ -182,7 +182,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Path, bool]:
     """-> (config, run folder, whether only an estimate is wanted). A wrong flag or value ends the program
     with one line that says what to do."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
-    parser.add_argument("--preset", default="tiny", choices=PRESETS, help="where the fields below start")
+    parser.add_argument(
+        "--preset", default=argparse.SUPPRESS, choices=PRESETS, help="where the fields below start [tiny]"
+    )
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue a run after its last saved step")
     parser.add_argument("--estimate", action="store_true", help="print memory and days it will take, and end")
     for f in fields(Config):
@@ -191,10 +193,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Path, bool]:
         options = {"type": kind, "metavar": kind.__name__, "default": argparse.SUPPRESS, "help": help}
         parser.add_argument(f"--{f.name}", **options)
     given = vars(parser.parse_args(argv))
-    preset, resume, estimate = (given.pop(name) for name in ("preset", "resume", "estimate"))
+    resume, estimate = given.pop("resume"), given.pop("estimate")
     try:
         if resume is None:
-            config = Config(**PRESETS[preset] | given)
+            config = Config(**PRESETS[given.pop("preset", "tiny")] | given)
             return config, config.folder, estimate
         if given:
             raise ValueError(f"--resume takes its settings from the run; remove --{' --'.join(given)}")

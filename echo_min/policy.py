@@ -53,7 +53,8 @@ def enough_memory(phase: str):
 
 
 def ran_out(error: Exception) -> bool:
-    said = "can't allocate memory" in str(error) or "can't start new thread" in str(error)  # torch, Python
+    texts = "can't allocate memory", "can't start new thread", "CUDA error: out of memory", "ALLOC_FAILED"
+    said = any(text in str(error) for text in texts)  # by torch, Python, CUDA, cuBLAS
     return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 

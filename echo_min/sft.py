@@ -26,6 +26,7 @@ from echo_min.rollout import Episode, Script, StopReason, rollout
 from echo_min.tasks import Task, World
 
 
+@enough_memory("rollout")
 def record(tokenizer, scripts: list[tuple[Task, list[str]]], config: Config) -> list[Episode]:
     """Play (task, commands) pairs in real terminals. -> one episode each. Raises RunStopped if one fails."""
     episodes = []
@@ -46,7 +47,8 @@ def supervise(model, transcripts: list[Transcript], config: Config, action_weigh
     """Minimise action_weight * CE(actions) + base_observation_weight * CE(observations), in place.
 
     base_steps of AdamW on base_batch transcripts, in forward passes of at most prefill_tokens; the learning
-    rate rises for a tenth of the steps, then falls. Raises RunStopped if memory runs out.
+    rate rises for a tenth of the steps, then falls. Raises RunStopped if memory runs out or the gradient is
+    not finite.
     """
     rng = random.Random(f"supervise {config.seed}")
     optimizer = make_optimizer(model, config)
@@ -68,7 +70,8 @@ def supervise(model, transcripts: list[Transcript], config: Config, action_weigh
             action_ce, observation_ce = echo_loss(action, w_a[a]), echo_loss(observation, w_o[o])
             (action_weight * action_ce + config.base_observation_weight * observation_ce).backward()
             total = [total[0] + action_ce.item(), total[1] + observation_ce.item()]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        if not torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).isfinite():
+            raise RunStopped(f"supervised step {step + 1}: gradient not finite; lower base_learning_rate")
         optimizer_step(optimizer, learning_rate, seed=config.seed * 1_000_003 + step)
         bar.set_postfix_str(f"action CE {total[0]:.2f}, observation CE {total[1]:.2f}")
 

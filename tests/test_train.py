@@ -180,6 +180,7 @@ def test_eval_measures_and_shows_a_checkpoint(finished, capsys):
         (["--tasks", "world:moon"], "world:moon does not exist; there is world:tool"),
         (["--resume", "runs/none"], "runs/none holds no config.json; it is not a run folder"),
         (["--resume", "runs/none", "--steps", "3"], "remove --steps"),
+        (["--resume", "runs/none", "--preset", "smollm2"], "remove --preset"),
         (["--model", "no/such-model", "--steps", "1"], "no/such-model: neither a checkpoint folder nor"),
         (["--tracker", "wandb"], "tracker: pip install wandb; it is not here"),
     ],

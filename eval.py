@@ -140,10 +140,12 @@ def run(args: argparse.Namespace) -> None:
     if args.agent == "policy":
         folder = found[1] if (found := checkpoint.latest(args.checkpoint)) else args.checkpoint
         saved = folder / "echo_min.json"
-        if args.preset:
-            config = Config(**PRESETS[args.preset])
-        elif saved.exists():
+        if saved.exists() and args.preset:
+            raise ValueError(f"{folder} has settings of its own: remove --preset")
+        if saved.exists():
             config = Config.load(saved)
+        elif args.preset:
+            config = Config(**PRESETS[args.preset])
         else:
             lacks = f"{folder}: no echo_min.json says how to prompt it and what fits its context"
             raise ValueError(f"{lacks}; pass --preset, one of {', '.join(PRESETS)}")

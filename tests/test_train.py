@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import eval
 import train
 from echo_min import checkpoint
-from echo_min.config import Config
+from echo_min.config import Config, RunStopped
 from echo_min.sandbox import Sandbox, SandboxUnavailable
 from echo_min.worlds import load_world
 
@@ -239,3 +239,22 @@ def test_eval_refuses_what_is_no_checkpoint(tmp_path, capsys):
     assert "pass --preset, one of tiny" in refused(eval, [str(tmp_path)], capsys)
     said = refused(eval, [str(tmp_path), "--preset", "tiny"], capsys)
     assert "neither a checkpoint folder nor a model" in said
+
+
+def test_eval_does_not_mix_two_evaluations(finished, tmp_path, capsys):
+    echo, out = checkpoint.latest(finished / "echo")[1], tmp_path / "out"
+    assert "remove --preset" in refused(eval, [str(echo), "--preset", "tiny"], capsys)
+    shutil.copytree(echo, tmp_path / "other")
+    replace(Config.load(echo / "echo_min.json"), output_chars=99).save(tmp_path / "other" / "echo_min.json")
+    eval.cli([str(echo), "--limit", "1", "--out", str(out)])
+    settings = json.loads((out / "settings.json").read_text())
+    (out / "settings.json").write_text(json.dumps(settings | {"checkpoint": str(tmp_path / "other")}))
+    said = refused(eval, [str(tmp_path / "other"), "--limit", "1", "--out", str(out)], capsys)
+    assert "another output_chars: pass a new --out" in said
+
+
+def test_memory_that_runs_out_before_anything_is_saved_names_resume(tmp_path, monkeypatch, capsys):
+    """The advice is to edit config.json; the same command again would write it anew."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "make_base", lambda *_: (_ for _ in ()).throw(RunStopped("out of memory")))
+    assert "--resume runs/tiny" in refused(train, ["--steps", "1"], capsys)

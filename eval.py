@@ -19,15 +19,15 @@ import torch
 from tqdm import tqdm
 
 from echo_min import checkpoint, report
-from echo_min.config import PRESETS, Config, RunStopped
-from echo_min.harbor import harbor_tasks
+from echo_min.config import PRESETS, Config, RunEnded
 from echo_min.masking import Role, Transcript, observation_targets, pad
 from echo_min.policy import enough_memory, load_policy, on_this_machine, segment_logprobs
 from echo_min.rollout import Episode, StopReason, sample_episodes
-from echo_min.sandbox import TerminalDied, open_terminal
 from echo_min.sft import record
 from echo_min.tasks import Task, World
-from echo_min.worlds import load_world
+from echo_min.terminal import TerminalDied, open_terminal
+from echo_min.worlds.harbor import harbor_tasks
+from echo_min.worlds.registry import load_world
 
 
 @torch.no_grad()
@@ -74,10 +74,10 @@ def evaluate(
 
 
 def graded(episodes: list[Episode]) -> list[float]:
-    """The rewards without the infrastructure's failures. Raises RunStopped if nothing else is left."""
+    """The rewards without the infrastructure's failures. Raises RunEnded if nothing else is left."""
     rewards = [e.reward for e in episodes if not isnan(e.reward)]
     if not rewards:
-        raise RunStopped(f"no episode could be graded: {episodes[0].error}")
+        raise RunEnded(f"no episode could be graded: {episodes[0].error}")
     return rewards
 
 
@@ -120,7 +120,7 @@ def cli(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         run(args)
-    except (ValueError, OSError, RunStopped, KeyboardInterrupt) as error:
+    except (ValueError, OSError, RunEnded, KeyboardInterrupt) as error:
         sys.exit(f"eval.py: {str(error) or 'interrupted'}")
 
 
@@ -233,7 +233,7 @@ def summarise(trials: list[dict], k: int) -> None:
     if failed := [t for t in trials if t["reward"] is None]:
         print(f"infra errors     {len(failed)} of {len(trials)} trials, in no rate: {failed[0]['error']}")
     if not valid:
-        raise RunStopped("no trial could be graded; the reason stands above")
+        raise RunEnded("no trial could be graded; the reason stands above")
     by_task: dict[str, list[float]] = {}
     for t in valid:
         if t["member"] != "greedy":

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from echo_min import checkpoint, report
-from echo_min.config import Config, RunStopped, parse_args
+from echo_min.config import Config, RunEnded, parse_args
 from echo_min.echo import echo_loss, exchanged_targets, permuted_targets
 from echo_min.estimate import report as estimate_report
 from echo_min.grpo import group_advantages, grpo_loss
@@ -39,7 +39,7 @@ from echo_min.policy import enough_memory, load_policy, on_this_machine, segment
 from echo_min.rollout import Episode, batch_metrics, sample_episodes
 from echo_min.sft import make_base
 from echo_min.tasks import Task, World
-from echo_min.worlds import load_tasks
+from echo_min.worlds.registry import load_tasks
 from eval import evaluate, expert_transcripts
 
 TRIVIAL = 0.1  # nats per token: output that the policy knew beforehand
@@ -59,7 +59,7 @@ def pick_tasks(tasks: list[Task], step: int, config: Config) -> list[Task]:
 def update(model, optimizer, episodes: list[Episode], arm: str, step: int, config: Config, words=()) -> dict:
     """One optimizer step on a batch of episodes. -> metrics. words: ids that arm placebo_words exchanges.
 
-    Raises RunStopped if a loss is not finite.
+    Raises RunEnded if a loss is not finite.
     """
     episodes = [e for e in episodes if e.valid]
     groups = torch.tensor([e.group for e in episodes])  # [B]
@@ -109,7 +109,7 @@ def update(model, optimizer, episodes: list[Episode], arm: str, step: int, confi
 
     total["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
     if not torch.tensor(list(total.values())).isfinite().all():
-        raise RunStopped(f"step {step}: a loss or gradient is not finite: {total}")
+        raise RunEnded(f"step {step}: a loss or gradient is not finite: {total}")
     warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     optimizer_step(optimizer, config.learning_rate * warm, seed=config.seed * 1_000_003 + step)
     return total | {"learning_share": (advantages != 0).float().mean().item()}
@@ -173,13 +173,13 @@ def train_arm(arm: str, config: Config, world: World, folder: Path, stop: thread
             f"CE {record['observation_ce']:.2f}, {len(episodes) / (ended - started):.0f} rollouts/s"
         )
         if stopping:
-            raise RunStopped(f"stopped after step {step + 1}, as you asked")
+            raise RunEnded(f"stopped after step {step + 1}, as you asked")
 
 
 def main(config: Config, folder: Path, stop: threading.Event | None = None) -> None:
     """Base policy, every arm, one picture. A folder that holds a part of the same run is continued.
 
-    stop: set it to end after the step at work. Raises RunStopped, or ValueError for a wrong folder.
+    stop: set it to end after the step at work. Raises RunEnded, or ValueError for a wrong folder.
     """
     world = load_tasks(config.tasks, config.allow_network)
     with checkpoint.only_writer(folder):
@@ -209,10 +209,10 @@ def cli(argv: list[str] | None = None) -> None:
         if estimate:
             return print(estimate_report(config))
         main(config, folder, stop)
-    except (ValueError, OSError, RunStopped, KeyboardInterrupt) as error:
+    except (ValueError, OSError, RunEnded, KeyboardInterrupt) as error:
         hint = f"\nWhat is saved stays: python train.py --resume {folder}"
         saved = any(checkpoint.latest(arm) for arm in folder.glob("*")) or (folder / "base").exists()
-        saved |= isinstance(error, RunStopped) and (folder / "config.json").exists()  # to be edited
+        saved |= isinstance(error, RunEnded) and (folder / "config.json").exists()  # to be edited
         sys.exit(f"train.py: {str(error) or 'interrupted'}{hint if saved else ''}")
     finally:
         signal.signal(signal.SIGINT, before)

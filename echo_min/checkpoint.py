@@ -71,7 +71,7 @@ def latest(arm: Path) -> tuple[int, Path] | None:
 
 @enough_memory("loading of the model")
 def restore_optimizer(folder: Path, optimizer) -> None:
-    """Load the state saved in a checkpoint. Raises ValueError if it is not one of ours, RunStopped if memory
+    """Load the state saved in a checkpoint. Raises ValueError if it is not one of ours, RunEnded if memory
     runs out."""
     try:
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))

@@ -15,7 +15,7 @@ ARMS = {
 }
 
 
-class RunStopped(RuntimeError):
+class RunEnded(RuntimeError):
     """Going on makes no sense; the message says why and what to do."""
 
 

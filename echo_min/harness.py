@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass
 
 from echo_min.masking import Role, Segment
-from echo_min.sandbox import Output
 from echo_min.tasks import Task
+from echo_min.terminal import Output
 
 END = "<|im_end|>"  # closes a message; the only token that ends a reply well
 MARKERS = (END, "<|im_start|>", "<|endoftext|>")  # a reply stops at any of them

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from echo_min.config import Config, RunStopped
+from echo_min.config import Config, RunEnded
 from echo_min.harness import END, MARKERS
 from kernels.segment_logprob import dual_segment_logprobs, head_weight
 
@@ -42,14 +42,14 @@ ADVICE = {  # phase -> what to do when memory runs out in it
 
 @contextmanager
 def enough_memory(phase: str):
-    """Raises RunStopped that says what to do if memory runs out in this phase of ADVICE."""
+    """Raises RunEnded that says what to do if memory runs out in this phase of ADVICE."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
         what = str(error).split("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
-        raise RunStopped(f"out of memory in the {phase}: {ADVICE[phase]} ({what})") from None
+        raise RunEnded(f"out of memory in the {phase}: {ADVICE[phase]} ({what})") from None
 
 
 def ran_out(error: Exception) -> bool:
@@ -108,7 +108,7 @@ def load_policy(
 ):
     """-> (model, tokenizer) from a folder, a Hugging Face name, or an installed package with a GGUF file.
 
-    Raises ValueError saying what is wrong, RunStopped if memory runs out.
+    Raises ValueError saying what is wrong, RunEnded if memory runs out.
     """
     source, options = located(str(name))
     try:

@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from echo_min.config import Config, RunStopped
+from echo_min.config import Config, RunEnded
 from echo_min.masking import Role, Transcript
 
 Token = tuple[str, Role, float]  # text, who wrote it, surprise in nats (0 outside observations)
@@ -58,7 +58,7 @@ def tracker(config: Config, arm: str):
             try:
                 runs.append(package.init(**settings))
             except Exception as error:  # of another's network, account or disk
-                raise RunStopped(f"tracker: {config.tracker} does not start: {error}") from None
+                raise RunEnded(f"tracker: {config.tracker} does not start: {error}") from None
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         for run in runs:
             run.log(numbers, step=record["step"])

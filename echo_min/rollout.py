@@ -11,12 +11,12 @@ from itertools import islice
 import numpy as np
 
 from echo_min import harness
-from echo_min.config import Config, RunStopped
+from echo_min.config import Config, RunEnded
 from echo_min.masking import Role, Segment, Transcript, encode
 from echo_min.policy import marker_ids
 from echo_min.sampler import Reply, Sampler
-from echo_min.sandbox import TerminalDied, open_terminal
 from echo_min.tasks import Task
+from echo_min.terminal import TerminalDied, open_terminal
 
 
 class StopReason(StrEnum):
@@ -138,7 +138,7 @@ class Seat:
     def _guard(self):
         try:
             yield
-        except (TerminalDied, RunStopped) as error:  # it failed, or could not be had
+        except (TerminalDied, RunEnded) as error:  # it failed, or could not be had
             self.episode.stop, self.episode.error = StopReason.INFRA_ERROR, str(error)
 
 
@@ -193,14 +193,14 @@ def sample_episodes(
 
 
 def batch_metrics(episodes: list[Episode]) -> dict:
-    """Means over a batch's valid episodes. Raises RunStopped if the environment failed for most of them."""
+    """Means over a batch's valid episodes. Raises RunEnded if the environment failed for most of them."""
     failed = [e for e in episodes if e.stop is StopReason.INFRA_ERROR]
     why = failed[0].error if failed else ""
     if 2 * len(failed) > len(episodes):
-        raise RunStopped(f"{len(failed)} of {len(episodes)} episodes failed: {why}")
+        raise RunEnded(f"{len(failed)} of {len(episodes)} episodes failed: {why}")
     valid = [e for e in episodes if e.valid]
     if not valid:
-        raise RunStopped("no episode of the batch can be trained on: all failed or ran out of agent time")
+        raise RunEnded("no episode of the batch can be trained on: all failed or ran out of agent time")
 
     def mean(value: Callable[[Episode], float]) -> float:
         return sum(value(e) for e in valid) / len(valid)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
-from echo_min.config import Config, RunStopped
+from echo_min.config import Config, RunEnded
 
 Reply = tuple[list[int], list[float]]  # ids, and their logprobs under the full softmax at the temperature
 WORTH = 32  # tokens: a reply with fewer to come does not pay for a copy of the cache
@@ -80,7 +80,7 @@ class Sampler:
         """Append new_ids to the given episodes and sample a reply to each: at most max_new tokens, up to and
         with the first stop id. Episodes that are new enter the cache, those left out are finished and leave.
 
-        Raises RunStopped if the model's logits are not finite, ValueError if the context can't hold a reply.
+        Raises RunEnded if the model's logits are not finite, ValueError if the context can't hold a reply.
         """
         held = [row for row in self.rows if row in rows]
         self._arrange(held + [row for row in rows if row not in held])
@@ -100,7 +100,7 @@ class Sampler:
                 replies[row][0].append(picked[row][0])
                 replies[row][1].append(picked[row][1])
             if not all(isfinite(picked[row][1]) for row in going):
-                raise RunStopped("sampler: the logits are not finite; the policy has diverged")
+                raise RunEnded("sampler: the logits are not finite; the policy has diverged")
             going = [row for row in going if picked[row][0] not in self.stop_ids]
             if not going or i + 1 == max_new:
                 break

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from echo_min import harness
 from echo_min.checkpoint import publish
-from echo_min.config import Config, RunStopped
+from echo_min.config import Config, RunEnded
 from echo_min.echo import echo_loss
 from echo_min.masking import (
     Role,
@@ -28,7 +28,7 @@ from echo_min.tasks import Task, World
 
 @enough_memory("rollout")
 def record(tokenizer, scripts: list[tuple[Task, list[str]]], config: Config) -> list[Episode]:
-    """Play (task, commands) pairs in real terminals. -> one episode each. Raises RunStopped if one fails."""
+    """Play (task, commands) pairs in real terminals. -> one episode each. Raises RunEnded if one fails."""
     episodes = []
     with tqdm(total=len(scripts), desc="demonstrations", disable=None) as bar:
         for start in range(0, len(scripts), config.terminals):
@@ -37,7 +37,7 @@ def record(tokenizer, scripts: list[tuple[Task, list[str]]], config: Config) -> 
             episodes += rollout(agent, tokenizer, [Episode(task, 0) for task, _ in part], config)
             if failed := [e for e in episodes[start:] if e.stop is StopReason.INFRA_ERROR]:
                 what = f"{len(failed)} of {len(part)} scripted episodes failed"
-                raise RunStopped(f"{what}: {failed[0].error}")
+                raise RunEnded(f"{what}: {failed[0].error}")
             bar.update(len(part))
     return episodes
 
@@ -47,7 +47,7 @@ def supervise(model, transcripts: list[Transcript], config: Config, action_weigh
     """Minimise action_weight * CE(actions) + base_observation_weight * CE(observations), in place.
 
     base_steps of AdamW on base_batch transcripts, in forward passes of at most prefill_tokens; the learning
-    rate rises for a tenth of the steps, then falls. Raises RunStopped if memory runs out or the gradient is
+    rate rises for a tenth of the steps, then falls. Raises RunEnded if memory runs out or the gradient is
     not finite.
     """
     rng = random.Random(f"supervise {config.seed}")
@@ -71,7 +71,7 @@ def supervise(model, transcripts: list[Transcript], config: Config, action_weigh
             (action_weight * action_ce + config.base_observation_weight * observation_ce).backward()
             total = [total[0] + action_ce.item(), total[1] + observation_ce.item()]
         if not torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).isfinite():
-            raise RunStopped(f"supervised step {step + 1}: gradient not finite; lower base_learning_rate")
+            raise RunEnded(f"supervised step {step + 1}: gradient not finite; lower base_learning_rate")
         optimizer_step(optimizer, learning_rate, seed=config.seed * 1_000_003 + step)
         bar.set_postfix_str(f"action CE {total[0]:.2f}, observation CE {total[1]:.2f}")
 

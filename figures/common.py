@@ -30,7 +30,7 @@ import train  # noqa: E402
 from echo_min import report  # noqa: E402
 from echo_min.config import Config  # noqa: E402
 from echo_min.sft import make_base  # noqa: E402
-from echo_min.worlds import load_world  # noqa: E402
+from echo_min.worlds.registry import load_world  # noqa: E402
 
 DATA, PNG, RUNS = ROOT / "figures" / "data", ROOT / "figures" / "png", Path("runs") / "figures"
 COLOURS = report.COLOURS | {

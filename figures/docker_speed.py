@@ -15,9 +15,9 @@ from pathlib import Path
 
 import common  # noqa: F401, finds echo_min
 
-from echo_min import engine
-from echo_min.harbor import harbor_task
-from echo_min.sandbox import open_terminal
+from echo_min.terminal import open_terminal
+from echo_min.terminals import docker_engine
+from echo_min.worlds.harbor import harbor_task
 
 COMMANDS = "ls", "echo hello > file", "cat file"
 TEST = "[[ $(cat file) == hello ]] && echo 1 > /logs/verifier/reward.txt"
@@ -97,5 +97,5 @@ def main(rounds: int, image: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--image", default=engine.BASE or engine.DEFAULT)
+    parser.add_argument("--image", default=docker_engine.BASE or docker_engine.DEFAULT)
     main(**vars(parser.parse_args()))

@@ -18,7 +18,7 @@ from echo_min.config import Config
 from echo_min.policy import load_policy
 from echo_min.rollout import sample_episodes
 from echo_min.sft import record, supervise
-from echo_min.worlds import load_world
+from echo_min.worlds.registry import load_world
 from eval import expert_transcripts, observation_ce
 
 EXPERIMENT = "learning_curves"

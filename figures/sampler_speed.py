@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 from echo_min.config import Config
 from echo_min.policy import tiny_model, tiny_tokenizer
 from echo_min.sampler import Sampler
-from echo_min.worlds import load_world
+from echo_min.worlds.registry import load_world
 
 # episodes, prompt, observations (from, to), reply: tokens
 SIZES = {"tiny": (64, 40, (10, 60), 12), "SmolLM2-135M": (4, 100, (20, 100), 16)}

@@ -17,7 +17,7 @@ from echo_min import checkpoint, report
 from echo_min.config import Config
 from echo_min.masking import Role
 from echo_min.policy import load_policy
-from echo_min.worlds import load_world
+from echo_min.worlds.registry import load_world
 from eval import expert_transcripts, observation_logprobs
 
 DATA = common.DATA / "surprise.json"

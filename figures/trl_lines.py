@@ -20,9 +20,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl_speed import SETTINGS, Ours
 
 import train
-from echo_min import bubblewrap
 from echo_min.config import Config
-from echo_min.worlds import load_world
+from echo_min.terminals import bubblewrap
+from echo_min.worlds.registry import load_world
 
 PACKAGES = "trl", "transformers", "accelerate"
 

@@ -27,7 +27,7 @@ from echo_min.masking import Role
 from echo_min.policy import load_policy, marker_ids
 from echo_min.rollout import Episode, Script, batch_metrics, rollout, sample_episodes
 from echo_min.sampler import Sampler
-from echo_min.worlds import load_world
+from echo_min.worlds.registry import load_world
 
 AGENTS = {"TRL": trl_echo.Generate, "TRL, cache kept": trl_echo.GenerateOn}
 OURS, FLOOR = "ours", "terminals alone"

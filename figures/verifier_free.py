@@ -16,7 +16,7 @@ from echo_min import checkpoint
 from echo_min.config import Config
 from echo_min.policy import load_policy
 from echo_min.rollout import sample_episodes
-from echo_min.worlds import load_world
+from echo_min.worlds.registry import load_world
 from eval import graded
 
 EXPERIMENT = "verifier_free"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import docker
 
-from echo_min.engine import DEFAULT
+from echo_min.terminals.docker_engine import DEFAULT
 
 NAME = "echo_min_base:latest"
 PACKAGES = """

@@ -15,8 +15,8 @@ import threading
 import time
 from pathlib import Path
 
-from echo_min.sandbox import TerminalDied, open_terminal
 from echo_min.tasks import Limits, Task
+from echo_min.terminal import TerminalDied, open_terminal
 
 TIMEOUT, ANY = "TIMEOUT", ""
 

@@ -86,7 +86,7 @@ MUTATIONS = {
         ("layers of another kind", 'kind != "full_attention"', 'kind == "mamba"', "sampler"),
     ],
     "echo_min/rollout.py": [
-        ("a sandbox that cannot be had", "(TerminalDied, RunStopped)", "TerminalDied", "sick"),
+        ("a sandbox that cannot be had", "(TerminalDied, RunEnded)", "TerminalDied", "sick"),
         ("too many failures", "if 2 * len(failed) > len(episodes):", "if False:", "sick"),
         ("infra errors in the loss", "in (StopReason.DONE,", "in (*StopReason,", "objective"),
         ("seats in use", "- len(unread) - len(leaving)", "", "rollout"),
@@ -113,20 +113,20 @@ MUTATIONS = {
         ("what a kill left", 'folder.rglob("*.tmp")', 'folder.rglob("*.none")', "kill"),
         ("whole or absent", 'folder.with_name(folder.name + ".tmp")', "folder", "train"),
     ],
-    "echo_min/tool_world.py": [
+    "echo_min/worlds/tool.py": [
         ("the verifier's line", '$line == "{verb} {words}"', "$line", "worlds"),
         ("the distractor", "&& ! -s {other} ]]", "]]", "worlds"),
         ("held-out tasks", "for pair in pairs[200:]", "for pair in pairs[100:]", "worlds"),
         ("what the terminal tells", "shown=$right", "shown=", "worlds"),
     ],
-    "echo_min/sandbox.py": [
+    "echo_min/terminals/sandbox.py": [
         ("the verdict", 'return 1.0 if reply == b"0" else 0.0', "return 1.0", "sandbox"),
         ("no verdict", 'if reply not in (b"0", b"1"):', "if False:", "sandbox"),
         ("output that was cut", "len(text) > len(shown))", "False)", "sandbox"),
         ("a command with a NUL", 'data.count(b"\\0") > 1 or ', "", "sandbox"),
         ("a file outside of the work folder", 'or ".." in name.split("/")', "", "sandbox"),
     ],
-    "echo_min/bubblewrap.py": [
+    "echo_min/terminals/bubblewrap.py": [
         ("a box that is not clean", '== b"1 0"', "is not None", "sandbox"),
         ("a box of another kind", "if box.kind == (limits, tools):", "if True:", "sandbox"),
         ("the filter", "0x00050000 | errno.ENOSYS", "0x7FFF0000", "sandbox"),
@@ -137,22 +137,22 @@ MUTATIONS = {
         ("the limit on files", " -f $file", "", "sandbox"),
         ("its own pid namespace", "--disable-userns --unshare-pid", "--disable-userns", "sandbox"),
     ],
-    "echo_min/sandbox_supervisor.sh": [
+    "echo_min/terminals/supervisor.sh": [
         ("processes left behind", "kill -KILL -- -1", ":", "sandbox"),
         ("files left behind", 'rm -rf -- "${list[@]}"', ":", "sandbox"),
         ("the folder's mode", "chmod 755 /work", ":", "sandbox"),
         ("the filter's descriptor", "exec {filter}</opt/filter", "filter=9; exec 9</opt/filter", "sandbox"),
     ],
-    "echo_min/sandbox_relay.sh": [
+    "echo_min/terminals/relay.sh": [
         ("late processes", "if [[ $late ]]; then reap; fi", "", "sandbox"),
     ],
-    "echo_min/container.py": [
+    "echo_min/terminals/docker.py": [
         ("the verifier's script", '"-c", BY_STDIN]', '"-c", script]', "container"),
         ("private files", "chmod -R a+rX /work", ":", "container"),
         ("what it holds", "size < 0 or ", "", "container"),
         ("raw sockets", '["NET_RAW"]', "[]", "container"),
     ],
-    "echo_min/harbor.py": [
+    "echo_min/worlds/harbor.py": [
         ("several containers", "(found := folder / \"environment\" / name).exists()", "False", "harbor"),
     ],
 }

@@ -44,12 +44,12 @@ from test_sandbox import (  # noqa: F401, tests that hold for every backend
     test_verdict_is_the_verifiers,
 )
 
-from echo_min import engine
 from echo_min.config import Config
-from echo_min.harbor import harbor_task, harbor_tasks
 from echo_min.rollout import Episode, Script, StopReason, rollout
-from echo_min.sandbox import TerminalDied, open_terminal
 from echo_min.tasks import Environment
+from echo_min.terminal import TerminalDied, open_terminal
+from echo_min.terminals import docker_engine
+from echo_min.worlds.harbor import harbor_task, harbor_tasks
 from eval import scripted
 
 REPO = Path(__file__).parent.parent
@@ -70,7 +70,7 @@ def base_image():
     if not client.images(NAME):
         make_base_image()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "BASE", NAME)
+        patch.setattr(docker_engine, "BASE", NAME)
         patch.setenv("ECHO_MIN_BASE_IMAGE", NAME)  # of the programs that tests start
         yield
 
@@ -81,7 +81,7 @@ def open_here():
 
 
 def containers(**filters):
-    return docker.from_env().api.containers(all=True, filters={"label": engine.LABEL, **filters})
+    return docker.from_env().api.containers(all=True, filters={"label": docker_engine.LABEL, **filters})
 
 
 def wait_until(holds, seconds=20.0):
@@ -123,7 +123,7 @@ def test_a_container_is_confined(open_here, tmp_path):
         )  # fmt: skip
         assert host["Memory"] == host["MemorySwap"] == 300 * 2**20 and host["NanoCpus"] == 5 * 10**8
         assert host["PidsLimit"] and "no-new-privileges:true" in host["SecurityOpt"]
-        assert settings["Config"]["Labels"][engine.LABEL] == engine.this_run()
+        assert settings["Config"]["Labels"][docker_engine.LABEL] == docker_engine.this_run()
         looks = f"""id -u; grep NoNewPrivs /proc/self/status
             ls -d {REPO} /var/run/docker.sock /dev/sda /dev/vda
             mount -t tmpfs none /tmp; echo 1 > /proc/sys/kernel/panic; mknod /dev/x b 254 0 && cat /dev/x
@@ -337,7 +337,7 @@ def test_an_image_without_bash_or_registry_is_named(tmp_path, monkeypatch):
 
     with pytest.raises(TerminalDied, match=r"task .*: no image 127\.0\.0\.1:1/none:1"):
         open_terminal(of("127.0.0.1:1/none:1"), "docker")
-    monkeypatch.setattr(engine, "PULL_SECONDS", 2.0)
+    monkeypatch.setattr(docker_engine, "PULL_SECONDS", 2.0)
     silent = socket.create_server(("127.0.0.1", 0))  # a registry that takes the call and says nothing
     with silent, pytest.raises(TerminalDied, match=r"no image .*: not done after 2 s"):
         open_terminal(of(f"127.0.0.1:{silent.getsockname()[1]}/none:1"), "docker")
@@ -363,7 +363,7 @@ def test_hostile_commands(host):  # noqa: F811
 
 CHILD = """
 import sys, threading, time
-from echo_min.sandbox import open_terminal
+from echo_min.terminal import open_terminal
 from echo_min.tasks import Task
 idle, busy = (open_terminal(Task("t", "", "true", ""), "docker") for _ in range(2))
 threading.Thread(target=lambda: busy.run("sleep 600", 600)).start()
@@ -378,16 +378,16 @@ def test_a_killed_run_leaves_no_container():
     assert child.stdout.readline() == b"at work\n"
 
     def its():
-        return [c for c in containers() if c["Labels"][engine.LABEL].split()[1] == str(child.pid)]
+        return [c for c in containers() if c["Labels"][docker_engine.LABEL].split()[1] == str(child.pid)]
 
     assert len(its()) == 2
-    client, mine = engine.connect(), open_terminal(make_task(), "docker")
-    engine._sweep(client)
+    client, mine = docker_engine.connect(), open_terminal(make_task(), "docker")
+    docker_engine._sweep(client)
     assert len(its()) == 2  # of a run that lives
     child.kill()
     child.wait()
     assert wait_until(lambda: len(its()) == 1)  # the idle one goes by itself, as its connection ends
-    engine._sweep(client)
+    docker_engine._sweep(client)
     assert wait_until(lambda: not its())
     assert mine.run("echo on").text == "on\n"
     mine.close()
@@ -395,7 +395,7 @@ def test_a_killed_run_leaves_no_container():
 
 @pytest.mark.parametrize("command", [None, "trap '' TERM HUP INT URG; setsid sleep 60 & sleep 60"])
 def test_a_container_ends_by_its_own_clock(monkeypatch, command):
-    monkeypatch.setattr(engine, "LIFE_SECONDS", 2)
+    monkeypatch.setattr(docker_engine, "LIFE_SECONDS", 2)
     terminal = open_terminal(make_task(), "docker")  # noqa: F811
     id = terminal._id
     if command:
@@ -450,7 +450,7 @@ def engine_socket(tmp_path, monkeypatch):
     one = EngineSocket(tmp_path)
     one.start()
     client = docker.APIClient(base_url=f"unix://{one.path}", version="auto", timeout=10)
-    monkeypatch.setattr(engine, "connect", lambda: client)
+    monkeypatch.setattr(docker_engine, "connect", lambda: client)
     yield one
     with contextlib.suppress(OSError):
         one.stop()
@@ -471,8 +471,8 @@ def test_an_engine_that_goes_away_and_comes_back(tokenizer, engine_socket):
 
 def test_no_engine_says_what_to_do(monkeypatch):
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
-    engine.connect.cache_clear()
-    with pytest.raises(engine.EngineUnavailable, match=r"unix:///nowhere/docker\.sock.*set DOCKER_HOST"):
+    docker_engine.connect.cache_clear()
+    with pytest.raises(docker_engine.EngineUnavailable, match=r"nowhere/docker\.sock.*set DOCKER_HOST"):
         open_terminal(make_task(), "docker")
 
 

@@ -10,9 +10,10 @@ from test_container import EXAMPLES, base_image, containers, engine_socket, harb
 
 import eval
 import train
-from echo_min import checkpoint, engine
-from echo_min.config import Config, RunStopped
+from echo_min import checkpoint
+from echo_min.config import Config, RunEnded
 from echo_min.rollout import StopReason
+from echo_min.terminals import docker_engine
 
 SMALL = Config(
     name="docker", arms="echo", device="cpu", base_demonstrations=3, base_steps=60, base_batch=4, steps=1,
@@ -36,7 +37,8 @@ def test_the_tiny_policy_trains_on_harbor_tasks(finished):
     assert len(trained) == 1 and all(line["stop"]["infra_error"] == 0 for line in trained)
     assert all(line["observation_tokens"] > 0 for line in trained)
     # the engine may still be at removing some
-    assert wait_until(lambda: all(c["Labels"][engine.LABEL] != engine.this_run() for c in containers()))
+    mine = docker_engine.this_run()
+    assert wait_until(lambda: all(c["Labels"][docker_engine.LABEL] != mine for c in containers()))
 
 
 @pytest.mark.slow
@@ -50,7 +52,7 @@ def test_an_engine_that_stops_stops_the_run(finished, tmp_path, monkeypatch, eng
         return sample(*args)
 
     monkeypatch.setattr(train, "sample_episodes", sample_without_engine)
-    with pytest.raises(RunStopped, match="4 of 4 episodes failed"):
+    with pytest.raises(RunEnded, match="4 of 4 episodes failed"):
         train.main(config, run)
     assert checkpoint.latest(run / "echo")[0] == 1
     engine_socket.start()

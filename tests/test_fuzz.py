@@ -10,10 +10,10 @@ import torch
 
 import train
 from echo_min import harness
-from echo_min.config import Config, RunStopped
+from echo_min.config import Config, RunEnded
 from echo_min.masking import Role, Transcript, encode, observation_weights, pad, policy_weights
 from echo_min.rollout import Episode, StopReason
-from echo_min.sandbox import Output
+from echo_min.terminal import Output
 from tests.test_objective import CONFIG, TASK, Capture, episodes
 
 N = 10_000
@@ -110,7 +110,7 @@ def test_not_a_number_stops_before_the_weights_change(model, broken):
         batch[0].transcript.logprobs = [float("nan") if x else x for x in batch[0].transcript.logprobs]
     before = [p.clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
-    with pytest.raises(RunStopped, match=r"step 0: .*not finite"):
+    with pytest.raises(RunEnded, match=r"step 0: .*not finite"):
         train.update(model, optimizer, batch, "echo", 0, CONFIG)
     for p, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(p.nan_to_num(), old.nan_to_num())

@@ -5,8 +5,8 @@ import string
 
 import pytest
 
-from echo_min.harbor import harbor_task, harbor_tasks
-from echo_min.worlds import load_tasks
+from echo_min.worlds.harbor import harbor_task, harbor_tasks
+from echo_min.worlds.registry import load_tasks
 
 TB2 = '''# canary
 version = "1.0"

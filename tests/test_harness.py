@@ -12,8 +12,8 @@ from echo_min.config import Config
 from echo_min.harness import END, Action, parse
 from echo_min.masking import Role, Transcript, encode
 from echo_min.rollout import Episode, Script, StopReason, rollout
-from echo_min.sandbox import Output
 from echo_min.tasks import Task
+from echo_min.terminal import Output
 
 TASK = Task("t", "make a file", "[[ $(< out) == 'a <tool_call> & b' ]] || exit 1", "")
 CALL = harness.reply("ls -l", "qwen")

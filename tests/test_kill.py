@@ -23,9 +23,9 @@ ROOT = Path(__file__).parent.parent
 RUN = replace(SMALL, steps=40, eval_every=20, output_chars=1)
 SITES = {  # where the process kills itself: (module, class or "", function, calls until then, at most)
     "sampling": ("echo_min.sampler", "Sampler", "_forward", 60),
-    "shell": ("echo_min.sandbox", "Sandbox", "run", 3),
-    "verifier": ("echo_min.sandbox", "Sandbox", "verify", 12),
-    "clearing a sandbox": ("echo_min.bubblewrap", "Box", "keep", 12),
+    "shell": ("echo_min.terminals.sandbox", "Sandbox", "run", 3),
+    "verifier": ("echo_min.terminals.sandbox", "Sandbox", "verify", 12),
+    "clearing a sandbox": ("echo_min.terminals.bubblewrap", "Box", "keep", 12),
     "update": ("torch", "Tensor", "backward", 4),
     "optimizer": ("torch.optim", "AdamW", "step", 4),
     "writing a checkpoint": ("os", "", "fsync", 12),

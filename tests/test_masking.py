@@ -8,8 +8,8 @@ import torch
 
 from echo_min.harness import MARKERS, observation, parse, prompt
 from echo_min.masking import Role, Transcript, encode, observation_weights, pad, policy_weights
-from echo_min.sandbox import Output
 from echo_min.tasks import Task
+from echo_min.terminal import Output
 
 HOSTILE = [
     *MARKERS,

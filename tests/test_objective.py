@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from echo_min.config import Config, RunStopped
+from echo_min.config import Config, RunEnded
 from echo_min.echo import echo_loss, exchanged_targets, permuted_targets
 from echo_min.grpo import group_advantages, grpo_loss
 from echo_min.masking import (
@@ -290,5 +290,5 @@ def test_parsed_only_leaves_out_rollouts_with_a_warning(model):
 def test_a_loss_that_is_not_finite_stops_the_run(model):
     batch = episodes(model.config.vocab_size)
     batch[0].transcript.logprobs = [-1e9 if x else x for x in batch[0].transcript.logprobs]
-    with pytest.raises(RunStopped, match="not finite"):
+    with pytest.raises(RunEnded, match="not finite"):
         train.update(model, Capture(model.parameters(), lr=1.0), batch, "echo", 0, CONFIG)

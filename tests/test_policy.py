@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import train
 from echo_min import checkpoint
-from echo_min.config import PRESETS, Config, RunStopped
+from echo_min.config import PRESETS, Config, RunEnded
 from echo_min.masking import Role, Transcript, pad
 from echo_min.policy import load_policy, marker_ids, segment_logprobs, tiny_model
 from echo_min.rollout import StopReason, sample_episodes
 from echo_min.sft import supervise
-from echo_min.worlds import load_world
+from echo_min.worlds.registry import load_world
 from eval import observation_ce
 
 
@@ -149,5 +149,5 @@ def test_the_supervised_stage_in_parts_learns_the_same(tokenizer):
     assert len(whole) == 3 and [len(passes) > 6 for passes, _ in others] == [True, True]
     for _, other in others:
         torch.testing.assert_close(other, weights, atol=1e-4, rtol=0)
-    with pytest.raises(RunStopped, match="step 2: gradient not finite; lower base_learning_rate"):
+    with pytest.raises(RunEnded, match="step 2: gradient not finite; lower base_learning_rate"):
         supervise(model, transcripts, Config(base_steps=3, base_batch=6, base_learning_rate=1e30))

@@ -12,9 +12,10 @@ from echo_min import rollout as rollout_module
 from echo_min.config import Config
 from echo_min.masking import Role
 from echo_min.rollout import Episode, Script, StopReason, rollout, sample_episodes
-from echo_min.sandbox import Sandbox, TerminalDied
 from echo_min.tasks import Limits
-from echo_min.worlds import load_world
+from echo_min.terminal import TerminalDied
+from echo_min.terminals.sandbox import Sandbox
+from echo_min.worlds.registry import load_world
 
 CONFIG = Config(context=1000, max_action_tokens=100, max_turns=3)
 TASK = load_world("tool").train[0]

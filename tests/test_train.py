@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import eval
 import train
 from echo_min import checkpoint
-from echo_min.config import Config, RunStopped
-from echo_min.sandbox import Sandbox, SandboxUnavailable
-from echo_min.worlds import load_world
+from echo_min.config import Config, RunEnded
+from echo_min.terminals.bubblewrap import SandboxUnavailable
+from echo_min.terminals.sandbox import Sandbox
+from echo_min.worlds.registry import load_world
 
 ROOT = Path(__file__).parent.parent
 TASK = load_world("tool").train[0]
@@ -226,9 +227,9 @@ def test_a_config_of_another_version_is_refused(run, capsys):
 
 def test_a_refused_sandbox_says_what_to_do(run, monkeypatch, capsys):
     monkeypatch.setattr("echo_min.rollout.open_terminal", lambda *_: Sandbox(TASK, 9))
-    monkeypatch.setattr("echo_min.bubblewrap._kept", [])
+    monkeypatch.setattr("echo_min.terminals.bubblewrap._kept", [])
     monkeypatch.setattr(
-        "echo_min.bubblewrap._bwrap",
+        "echo_min.terminals.bubblewrap._bwrap",
         lambda: (_ for _ in ()).throw(SandboxUnavailable("no bwrap; --backend docker")),
     )
     SMALL.save(run / "config.json")
@@ -256,5 +257,5 @@ def test_eval_does_not_mix_two_evaluations(finished, tmp_path, capsys):
 def test_memory_that_runs_out_before_anything_is_saved_names_resume(tmp_path, monkeypatch, capsys):
     """The advice is to edit config.json; the same command again would write it anew."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "make_base", lambda *_: (_ for _ in ()).throw(RunStopped("out of memory")))
+    monkeypatch.setattr(train, "make_base", lambda *_: (_ for _ in ()).throw(RunEnded("out of memory")))
     assert "--resume runs/tiny" in refused(train, ["--steps", "1"], capsys)

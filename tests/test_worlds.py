@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from echo_min.sandbox import open_terminal
-from echo_min.worlds import WORLDS, load_world
+from echo_min.terminal import open_terminal
+from echo_min.worlds.registry import WORLDS, load_world
 
 
 def grade(task, *commands):

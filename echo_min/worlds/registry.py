@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from echo_min.file_world import file_world
-from echo_min.harbor import harbor_world
-from echo_min.python_world import python_world
 from echo_min.tasks import World
-from echo_min.tool_world import TOOL_WORLDS
+from echo_min.worlds.file import file_world
+from echo_min.worlds.python import python_world
+from echo_min.worlds.tool import TOOL_WORLDS
 
 WORLDS = TOOL_WORLDS | {"file": file_world, "python": python_world}
 
@@ -24,4 +23,6 @@ def load_tasks(name: str, allow_network: bool = False) -> World:
         return load_world(name.removeprefix("world:"))
     if not Path(name).is_dir():
         raise ValueError(f"tasks: {name!r} is neither world:NAME nor a folder")
+    from echo_min.worlds.harbor import harbor_world  # who plays in a generated world needs none of it
+
     return harbor_world(Path(name), allow_network)

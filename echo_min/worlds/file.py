@@ -7,7 +7,7 @@ the weights: a policy must learn to look and to read. Nothing here favours ECHO.
 import random
 
 from echo_min.tasks import Task, World
-from echo_min.tool_world import FILES
+from echo_min.worlds.tool import FILES
 
 WORDS = """
 amber bronze coral denim ebony fawn ginger hazel indigo jade khaki lilac mauve navy olive plum rust sepia teal

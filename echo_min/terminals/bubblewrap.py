@@ -27,7 +27,7 @@ import threading
 import time
 from pathlib import Path
 
-from echo_min.config import RunStopped
+from echo_min.config import RunEnded
 from echo_min.tasks import Limits
 
 START_SECONDS = 10.0  # for a sandbox to come up on a crowded machine
@@ -40,13 +40,13 @@ HELP = (
     ", or use a Docker engine: --backend docker"
 )
 SUPERVISOR, RELAY = (
-    Path(__file__).with_name(f"sandbox_{script}.sh").read_text() for script in ("supervisor", "relay")
+    Path(__file__).with_name(f"{script}.sh").read_text() for script in ("supervisor", "relay")
 )
 _kept: list["Box"] = []
 _lock = threading.Lock()
 
 
-class SandboxUnavailable(RunStopped):
+class SandboxUnavailable(RunEnded):
     """This machine cannot start a sandbox. The message says what to do."""
 
 

@@ -10,7 +10,7 @@ from itertools import product
 from keyword import iskeyword
 
 from echo_min.tasks import Task, World
-from echo_min.tool_world import FILES, VERBS, VERIFY
+from echo_min.worlds.tool import FILES, VERBS, VERIFY
 
 KEYWORDS = """
 angle axis base count depth edge frame gain hue index joint key level mass node order phase quota rank scale

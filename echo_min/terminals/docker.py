@@ -18,11 +18,11 @@ import threading
 import time
 from pathlib import Path
 
-from echo_min import engine
-from echo_min.bubblewrap import PIPE_BYTES, RELAY, USERS
-from echo_min.engine import ERRORS, Stream
-from echo_min.sandbox import GRACE_SECONDS, Terminal, TerminalDied
 from echo_min.tasks import Environment, Task
+from echo_min.terminal import GRACE_SECONDS, Terminal, TerminalDied
+from echo_min.terminals import docker_engine
+from echo_min.terminals.bubblewrap import PIPE_BYTES, RELAY, USERS
+from echo_min.terminals.docker_engine import ERRORS, Stream
 
 START_SECONDS = 60.0  # until it answers
 DISK_SECONDS = 2.0  # between looks at how much a command has written
@@ -53,11 +53,11 @@ class Container(Terminal):
     def __init__(self, task: Task, output_chars: int):
         super().__init__(task, output_chars)
         self._id = self._stream = None
-        self._engine, self._mark, self._unread = engine.connect(), secrets.token_hex(16), b""
+        self._engine, self._mark, self._unread = docker_engine.connect(), secrets.token_hex(16), b""
         self._answer = re.compile(self._mark.encode() + rb"(ready|late|\d{1,3})\n")
         with self._guard("cannot start its container"):
-            image = engine.image_of(self._engine, task)
-        life, processes = engine.LIFE_SECONDS, task.limits.processes
+            image = docker_engine.image_of(self._engine, task)
+        life, processes = docker_engine.LIFE_SECONDS, task.limits.processes
         prelude = PRELUDE.format(life=life, mark=self._mark, processes=processes)
         with _few_at_a_time, self._guard("cannot start its container"):
             self._create(image)
@@ -78,10 +78,10 @@ class Container(Terminal):
         limits = {
             "mem_limit": task.limits.memory_mb * 2**20,
             "memswap_limit": task.limits.memory_mb * 2**20,
-            "nano_cpus": int(1e9 * min(asked.cpus, engine.cpus(self._engine))),
+            "nano_cpus": int(1e9 * min(asked.cpus, docker_engine.cpus(self._engine))),
             "pids_limit": task.limits.processes + 16,  # room for the verifier to start
             "security_opt": ["no-new-privileges:true"],
-            "network_mode": engine.network(self._engine) if asked.network else "none",
+            "network_mode": docker_engine.network(self._engine) if asked.network else "none",
             "cap_drop": ["ALL"] if generated else ["NET_RAW"],  # raw frames reach neighbours
             "log_config": {"type": "none"},  # else what is printed fills the engine's disk
             "auto_remove": True,
@@ -94,7 +94,7 @@ class Container(Terminal):
             working_dir=asked.workdir or None,
             hostname="sandbox",
             stdin_open=True,  # and, not detached, closed when the host's connection is
-            labels={engine.LABEL: engine.this_run()},
+            labels={docker_engine.LABEL: docker_engine.this_run()},
             host_config=self._engine.create_host_config(**limits),
             use_config_proxy=False,
         )["Id"]
@@ -104,7 +104,7 @@ class Container(Terminal):
             files += [(f"work/{name}", content, 1000, 0o644) for name, content in task.files.items()]
             files += [(f"opt/tools/{name}", content, 0, 0o555) for name, content in task.tools.items()]
             files += [(f"etc/{name}", content, 0, 0o444) for name, content in USERS.items()]
-            self._engine.put_archive(self._id, "/", engine.archive(files))
+            self._engine.put_archive(self._id, "/", docker_engine.archive(files))
 
     def _command(self, data: bytes, seconds: float) -> str:
         deadline = time.monotonic() + seconds
@@ -134,7 +134,7 @@ class Container(Terminal):
         Raises TerminalDied.
         """
         with self._guard(f"cannot copy {folder} into its container"):
-            self._engine.put_archive(self._id, "/", engine.archive_of(folder, target))
+            self._engine.put_archive(self._id, "/", docker_engine.archive_of(folder, target))
 
     def verify(self) -> float:
         """The reward, as the task's verifier says. Raises TerminalDied when it says none."""

@@ -17,7 +17,7 @@ import docker
 import requests
 import urllib3
 
-from echo_min.config import RunStopped
+from echo_min.config import RunEnded
 from echo_min.tasks import Task
 
 BASE = os.environ.get("ECHO_MIN_BASE_IMAGE", "")  # instead of a public one, where no registry is reached
@@ -35,7 +35,7 @@ _locks: dict[str, threading.Lock] = {}
 _known: dict[str, str] = {}  # image -> why it cannot be made, or nothing
 
 
-class EngineUnavailable(RunStopped):
+class EngineUnavailable(RunEnded):
     """No Docker engine answers. The message says what to do."""
 
 

@@ -4,10 +4,11 @@
 set -m; umask 022; shopt -s dotglob nullglob; exec 2>/dev/null
 while IFS= read -r -d '' order; do
     case $order in
-    open\ *)
-        length=${order#open } files=
+    files\ *)
+        length=${order#files } files=
         ((length == 0)) || read -r -N $length files
-        (eval "$files"); echo $?
+        (eval "$files"); echo $? ;;
+    start)
         exec {filter}</opt/filter  # a number that is free, whatever numbers the pipes have
         $inner --seccomp $filter $relay <&$requests >&$status 2>&$output {requests}<&- {status}>&- {output}>&- &
         exec {filter}<&- ;;

@@ -7,7 +7,6 @@ python eval.py --agent oracle --tasks FOLDER --backend docker
 
 import argparse
 import json
-import random
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,70 +14,19 @@ from dataclasses import replace
 from math import isnan
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from echo_min import checkpoint, report
-from echo_min.config import PRESETS, Config, RunEnded
-from echo_min.masking import Role, Transcript, observation_targets, pad
-from echo_min.policy import enough_memory, load_policy, on_this_machine, segment_logprobs
-from echo_min.rollout import Episode, StopReason, sample_episodes
-from echo_min.sft import record
-from echo_min.tasks import Task, World
+from echo_min.config import Config, RunEnded
+from echo_min.evaluate import observation_logprobs
+from echo_min.machine import enough_memory, on_this_machine
+from echo_min.masking import Role
+from echo_min.presets import PRESETS
+from echo_min.rollout import Episode, Noise, StopReason, sample_episodes
+from echo_min.tasks import Task
 from echo_min.terminal import TerminalDied, open_terminal
 from echo_min.worlds.harbor import harbor_tasks
 from echo_min.worlds.registry import load_world
-
-
-@torch.no_grad()
-def observation_logprobs(model, transcripts: list[Transcript], config: Config) -> list[dict[int, float]]:
-    """-> for each transcript: position of an observation token -> its log-probability, nats."""
-    out = []
-    while part := transcripts[len(out) : len(out) + 64]:
-        while len(part) > 1 and len(part) * max(map(len, part)) > config.prefill_tokens:
-            part.pop()
-        ids, roles, _ = pad(part)
-        observations = observation_targets(roles)
-        ids = ids.to(model.device)
-        masks = torch.zeros_like(observations), observations
-        _, logps = segment_logprobs(model, ids, ids, *masks, logit_mb=config.logit_mb)
-        rows = [{} for _ in ids]
-        for (b, t), logp in zip(observations.nonzero().tolist(), logps.tolist(), strict=True):
-            rows[b][t] = logp
-        out += rows
-    return out
-
-
-def observation_ce(model, transcripts: list[Transcript], config: Config) -> float:
-    """Mean cross-entropy of all observation tokens, nats per token; nan if there are none."""
-    logps = [logp for row in observation_logprobs(model, transcripts, config) for logp in row.values()]
-    return -sum(logps) / len(logps) if logps else float("nan")
-
-
-def expert_transcripts(tokenizer, world: World, config: Config) -> list[Transcript]:
-    """The scripted expert on the held-out tasks: trajectories of a stronger policy, never trained on."""
-    rng = random.Random("expert")
-    scripts = [(task, world.expert(task, rng)) for task in world.held_out[: config.eval_tasks]]
-    return [e.transcript for e in record(tokenizer, scripts, config)]
-
-
-def evaluate(
-    model, tokenizer, tasks: list[Task], expert: list[Transcript], config: Config, step: int
-) -> dict:
-    """One sampled and one greedy rollout of each task, and observation CE on the expert's trajectories."""
-    result = {"expert_ce": observation_ce(model, expert, config)}
-    for name, key in (("pass_rate", (2, config.seed, step)), ("pass_rate_greedy", None)):
-        rewards = graded(sample_episodes(model, tokenizer, tasks, 1, config, key))
-        result |= {name: sum(rewards) / len(rewards), "eval_tasks": len(rewards)}
-    return result
-
-
-def graded(episodes: list[Episode]) -> list[float]:
-    """The rewards without the infrastructure's failures. Raises RunEnded if nothing else is left."""
-    rewards = [e.reward for e in episodes if not isnan(e.reward)]
-    if not rewards:
-        raise RunEnded(f"no episode could be graded: {episodes[0].error}")
-    return rewards
 
 
 def scripted(agent: str, task: Task, backend: str) -> tuple[Episode, str]:
@@ -150,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
             lacks = f"{folder}: no echo_min.json says how to prompt it and what fits its context"
             raise ValueError(f"{lacks}; pass --preset, one of {', '.join(PRESETS)}")
         config = on_this_machine(replace(config, device="auto"))
-        model, tokenizer = load_policy(folder, config.device, config.dtype)
+        model, tokenizer = checkpoint.load_policy(folder, config.device, config.dtype)
     given = {name: getattr(args, name) for name in ("temperature", "max_turns", "terminals")}
     if args.backend == "docker" and args.terminals is None:
         given["terminals"] = 4
@@ -166,10 +114,10 @@ def run(args: argparse.Namespace) -> None:
     rows = [(i, m) for m in members for i in range(len(tasks)) if (tasks[i].name, m) not in have]
     with tqdm(total=len(rows), desc=args.agent, disable=None, unit="trial") as bar:
         while rows:
-            key = None if rows[0][1] == "greedy" else (3, args.seed)
+            key = None if rows[0][1] == "greedy" else (Noise.SCORING, args.seed)
             part = [row for row in rows if (row[1] == "greedy") == (key is None)][: config.terminals]
             if args.agent == "policy":
-                with enough_memory("evaluation"):
+                with enough_memory("pass a lower --terminals"):
                     episodes = sample_episodes(model, tokenizer, tasks, args.k, config, key, part)
                     logps = observation_logprobs(model, [e.transcript for e in episodes], config)
                 texts = [report.transcript_text(tokenizer, e) for e in episodes]

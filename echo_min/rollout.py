@@ -5,8 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import StrEnum
-from itertools import islice
+from enum import IntEnum, StrEnum
 
 import numpy as np
 
@@ -17,6 +16,16 @@ from echo_min.policy import marker_ids
 from echo_min.sampler import Reply, Sampler
 from echo_min.tasks import Task
 from echo_min.terminal import TerminalDied, open_terminal
+
+
+class Noise(IntEnum):
+    """What a rollout is for. The noise of its sampling is keyed by (Noise, seed, ..., group, member)."""
+
+    TRAINING = 1  # ..., step
+    EVALUATION = 2  # ..., step: train.py's
+    SCORING = 3  # eval.py's
+    PASS_AT_K = 4  # the experiments', after the last step
+    SHOWING = 5  # the experiments', of one episode to look at
 
 
 class StopReason(StrEnum):
@@ -47,23 +56,6 @@ class Episode:
         return self.stop in (StopReason.DONE, StopReason.MAX_TURNS, StopReason.CONTEXT_FULL)
 
 
-class Script:
-    """A scripted agent behind the Sampler's interface: each episode types its own list of commands."""
-
-    def __init__(self, tokenizer, scripts: list[list[str]], style: str = "plain"):
-        self.tokenizer, self.style = tokenizer, style
-        self.scripts = [iter(script) for script in scripts]
-
-    def reply(self, rows: list[int], new_ids: list[list[int]], max_new: int) -> list[Reply]:
-        replies = []
-        for row in rows:
-            text = harness.reply(next(self.scripts[row], harness.DONE), self.style)
-            ids = encode(self.tokenizer, Role.ACTION, text)
-            ids.append(self.tokenizer.convert_tokens_to_ids(harness.END))
-            replies.append((ids, [0.0] * len(ids)))
-        return replies
-
-
 class Seat:
     """One episode at its terminal. When the terminal fails, this episode ends as infra_error, no other."""
 
@@ -89,9 +81,9 @@ class Seat:
         episode, (ids, logprobs) = self.episode, reply
         episode.transcript.append(Role.ACTION, ids, logprobs)
         episode.turns += 1
-        stopped_by = self.markers.get(ids[-1])
-        text = self.tokenizer.decode(ids[:-1] if stopped_by else ids)
-        action = harness.parse(text, stopped_by, self.config.harness)
+        ended_by = self.markers.get(ids[-1])
+        text = self.tokenizer.decode(ids[:-1] if ended_by else ids)
+        action = harness.parse(text, ended_by, self.config.harness)
         if action.done:
             episode.stop = StopReason.DONE
             return []
@@ -105,7 +97,7 @@ class Seat:
             episode.seconds += time.monotonic() - started
             if episode.stop:
                 return []
-        new = self._extend(harness.observation(output, action.warning, stopped_by, self.config.harness))
+        new = self._extend(harness.observation(output, action.warning, ended_by, self.config.harness))
         if new and episode.turns == self.config.max_turns:
             episode.stop = StopReason.MAX_TURNS
         elif not new or len(episode.transcript) + self.config.max_action_tokens > self.config.context:
@@ -142,31 +134,36 @@ class Seat:
             self.episode.stop, self.episode.error = StopReason.INFRA_ERROR, str(error)
 
 
-def rollout(agent: Sampler | Script, tokenizer, episodes: list[Episode], config: Config) -> list[Episode]:
+def rollout(agent, tokenizer, episodes: list[Episode], config: Config) -> list[Episode]:
     """Play new episodes turn by turn, `terminals` of them side by side, and grade them. -> the same episodes,
-    filled in.
+    filled in. agent: a Sampler, or what has its `reply`.
 
     An episode that has stopped is graded while the others take their next turn; then its seat is free for one
     that waits. So who plays together never depends on the clock, and a run can be repeated bit for bit.
     """
     seats = [Seat(episode, tokenizer, config) for episode in episodes]
-    waiting, unread, leaving = iter(range(len(seats))), {}, []
+    waiting = list(range(len(seats)))
+    unread: dict[int, list[int]] = {}  # episode at play -> ids that the agent has not read yet
+    grading = []
     try:
         with ThreadPoolExecutor(config.terminals) as pool:  # its end waits for what still runs
-            while True:
-                entering = list(islice(waiting, config.terminals - len(unread) - len(leaving)))
-                unread |= zip(entering, pool.map(Seat.open, [seats[row] for row in entering]), strict=True)
-                if not unread and not leaving:
-                    return episodes
-                rows = [row for row in unread if episodes[row].stop is None]
-                new_ids = [unread[row] for row in rows]
-                replies = agent.reply(rows, new_ids, config.max_action_tokens) if rows else []
-                answers = pool.map(Seat.answer, [seats[row] for row in rows], replies)
-                answered = dict(zip(rows, answers, strict=True))
-                for graded in leaving:
+            while waiting or unread or grading:
+                free = config.terminals - len(unread) - len(grading)
+                entering, waiting = waiting[:free], waiting[free:]
+                prompts = pool.map(Seat.open, [seats[i] for i in entering])
+                unread.update(zip(entering, prompts, strict=True))
+
+                playing = [i for i in unread if episodes[i].stop is None]
+                new_ids = [unread[i] for i in playing]
+                replies = agent.reply(playing, new_ids, config.max_action_tokens) if playing else []
+                answers = list(pool.map(Seat.answer, [seats[i] for i in playing], replies))
+
+                for graded in grading:
                     graded.result()
-                leaving = [pool.submit(seats[row].leave) for row in unread if episodes[row].stop]
-                unread = {row: ids for row, ids in answered.items() if episodes[row].stop is None}
+                grading = [pool.submit(seats[i].leave) for i in unread if episodes[i].stop]
+                answered = zip(playing, answers, strict=True)
+                unread = {i: ids for i, ids in answered if episodes[i].stop is None}
+        return episodes
     finally:
         for seat in seats:
             seat.close()
@@ -179,17 +176,15 @@ def sample_episodes(
     group_size: int,
     config: Config,
     key: tuple[int, ...] | None,
-    rows: list[tuple[int, int]] | None = None,
+    members: list[tuple[int, int]] | None = None,
 ) -> list[Episode]:
-    """group_size rollouts of each task. (*key, group, member) seeds a rollout's noise; key None is greedy.
-
-    rows: the (group, member) to play, if not all.
-    """
-    if rows is None:
-        rows = [(group, member) for group in range(len(tasks)) for member in range(group_size)]
-    noise = None if key is None else [np.random.default_rng((*key, *row)) for row in rows]
+    """group_size rollouts of each task. (*key, group, member) seeds a rollout's noise, a key begins with one
+    of Noise; key None is greedy. members: the (group, member) to play, if not all."""
+    if members is None:
+        members = [(group, member) for group in range(len(tasks)) for member in range(group_size)]
+    noise = None if key is None else [np.random.default_rng((*key, *member)) for member in members]
     sampler = Sampler(model, set(marker_ids(tokenizer)), config, noise)
-    return rollout(sampler, tokenizer, [Episode(tasks[group], group) for group, _ in rows], config)
+    return rollout(sampler, tokenizer, [Episode(tasks[group], group) for group, _ in members], config)
 
 
 def batch_metrics(episodes: list[Episode]) -> dict:

@@ -49,7 +49,7 @@ class RowCache(Cache):
 
 
 @dataclass
-class Row:
+class Cached:
     """What a sampler knows of an episode in its cache."""
 
     length: int = 0  # tokens in the cache
@@ -58,105 +58,106 @@ class Row:
 
 
 class Sampler:
-    """Samples replies for a batch of episodes, turn after turn. An episode is a number, its row.
+    """Samples replies for a batch of episodes, turn after turn. An episode is a number.
 
-    noise[row]: its i-th sampled token is decided by the i-th number drawn from this generator alone, so a
+    noise[episode]: its i-th sampled token is decided by the i-th number drawn from this generator alone, so a
     rollout does not depend on who shares its batch. None: greedy.
     Raises ValueError for a model with layers that do not attend to every token before.
     """
 
-    def __init__(self, model, stop_ids: set[int], config: Config, noise: list[np.random.Generator] | None):
-        self.model, self.stop_ids, self.noise, self.config = model, stop_ids, noise, config
-        kinds, settings = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
-        for kind, setting in zip(kinds, settings, strict=True):
-            if kind != "full_attention" and (setting.get("sliding_window") or 0) < config.context:
+    def __init__(self, model, end_ids: set[int], config: Config, noise: list[np.random.Generator] | None):
+        self.model, self.end_ids, self.noise, self.config = model, end_ids, noise, config
+        kinds, options = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))
+        for kind, option in zip(kinds, options, strict=True):
+            if kind != "full_attention" and (option.get("sliding_window") or 0) < config.context:
                 raise ValueError(f"model: it has layers of {kind}; the sampler's cache is for full attention")
         # no less than 512: padding may be that far out, and results depend on the width seen, by rounding
         self.cache = RowCache(max(config.context, 512))
-        self.rows: dict[int, Row] = {}  # in the cache's order
+        self.cached: dict[int, Cached] = {}  # in the cache's order
 
     @torch.inference_mode()
-    def reply(self, rows: list[int], new_ids: list[list[int]], max_new: int) -> list[Reply]:
+    def reply(self, episodes: list[int], new_ids: list[list[int]], max_new: int) -> list[Reply]:
         """Append new_ids to the given episodes and sample a reply to each: at most max_new tokens, up to and
-        with the first stop id. Episodes that are new enter the cache, those left out are finished and leave.
+        with the first end id. Episodes that are new enter the cache, those left out are finished and leave.
 
         Raises RunEnded if the model's logits are not finite, ValueError if the context can't hold a reply.
         """
-        held = [row for row in self.rows if row in rows]
-        self._arrange(held + [row for row in rows if row not in held])
-        new = {row: self.rows[row].unread + ids for row, ids in zip(rows, new_ids, strict=True)}
-        if max(self.rows[row].length + len(ids) for row, ids in new.items()) + max_new > self.config.context:
+        held = [e for e in self.cached if e in episodes]
+        self._arrange(held + [e for e in episodes if e not in held])
+        new = {e: self.cached[e].unread + ids for e, ids in zip(episodes, new_ids, strict=True)}
+        if max(self.cached[e].length + len(ids) for e, ids in new.items()) + max_new > self.config.context:
             raise ValueError(f"context: {self.config.context} tokens do not hold a reply of {max_new}")
-        if len(rows) * max(map(len, new.values())) > self.config.prefill_tokens:
-            self._arrange(sorted(self.rows, key=lambda row: -len(new[row])))
-        logits = self._read([new[row] for row in self.rows])
-        replies: dict[int, Reply] = {row: ([], []) for row in rows}
-        batch = going = list(self.rows)  # sampled from in one pass; those of them that have not stopped
+        if len(new) * max(map(len, new.values())) > self.config.prefill_tokens:
+            self._arrange(sorted(self.cached, key=lambda e: -len(new[e])))
+        logits = self._read([new[e] for e in self.cached])
+        replies: dict[int, Reply] = {e: ([], []) for e in episodes}
+        batch = going = list(self.cached)  # sampled from in one pass; those of them that have not ended
         noise = self._draw(max_new)
         for i in range(max_new):
             tokens, logprobs = self._pick(logits, noise[:, i])
             picked = dict(zip(batch, zip(tokens.tolist(), logprobs.tolist(), strict=True), strict=True))
-            for row in going:
-                replies[row][0].append(picked[row][0])
-                replies[row][1].append(picked[row][1])
-            if not all(isfinite(picked[row][1]) for row in going):
+            for e in going:
+                replies[e][0].append(picked[e][0])
+                replies[e][1].append(picked[e][1])
+            if not all(isfinite(picked[e][1]) for e in going):
                 raise RunEnded("sampler: the logits are not finite; the policy has diverged")
-            going = [row for row in going if picked[row][0] not in self.stop_ids]
+            going = [e for e in going if picked[e][0] not in self.end_ids]
             if not going or i + 1 == max_new:
                 break
             if 2 * len(going) <= len(batch) and max_new - i > WORTH:  # go on with a smaller batch
-                kept = [b for b, row in enumerate(batch) if row in going]
+                kept = [b for b, e in enumerate(batch) if e in going]
                 tokens, noise, batch = tokens[kept], noise[kept], going
-                self._arrange(batch + [row for row in self.rows if row not in batch])
-            # a row that has stopped reads on at one place beyond its end: one shape for the whole batch
-            places = [self.rows[row].length + min(len(replies[row][0]), i) for row in batch]
+                self._arrange(batch + [e for e in self.cached if e not in batch])
+            # a row whose reply has ended reads on at one place beyond its end: one shape for the whole batch
+            places = [self.cached[e].length + min(len(replies[e][0]), i) for e in batch]
             hidden = self._forward(tokens[:, None], torch.tensor(places)[:, None], max(places) + 1)
             logits = self._logits(hidden[:, 0])
-        for row, (ids, _) in replies.items():
-            self.rows[row].length += len(ids) - 1
-            self.rows[row].unread = ids[-1:]
-            self.rows[row].drawn = self.rows[row].drawn[len(ids) :]
-        return [replies[row] for row in rows]
+        for e, (ids, _) in replies.items():
+            self.cached[e].length += len(ids) - 1
+            self.cached[e].unread = ids[-1:]
+            self.cached[e].drawn = self.cached[e].drawn[len(ids) :]
+        return [replies[e] for e in episodes]
 
-    def _arrange(self, rows: list[int]) -> None:
-        """Order the cache. A newcomer gets a copy of some row, of which it sees nothing."""
-        place = {row: b for b, row in enumerate(self.rows)}
-        if rows != list(self.rows):
-            self.cache.arrange([place.get(row, 0) for row in rows])
-            self.rows = {row: self.rows.get(row) or Row() for row in rows}
+    def _arrange(self, episodes: list[int]) -> None:
+        """Let the cache's rows hold these episodes in this order, which self.cached then has, too. A newcomer
+        gets a copy of some row, of which it sees nothing."""
+        row = {e: b for b, e in enumerate(self.cached)}
+        if episodes != list(self.cached):
+            self.cache.arrange([row.get(e, 0) for e in episodes])
+            self.cached = {e: self.cached.get(e) or Cached() for e in episodes}
 
     def _draw(self, n: int) -> torch.Tensor:
         """-> the next n uniform numbers of each row, float64[B, n]; greedy: anything."""
         if self.noise is None:
-            return torch.empty(len(self.rows), n)
-        for row, state in self.rows.items():
-            more = self.noise[row].random(max(0, n - len(state.drawn)))
+            return torch.empty(len(self.cached), n)
+        for e, state in self.cached.items():
+            more = self.noise[e].random(max(0, n - len(state.drawn)))
             state.drawn = np.append(state.drawn, more)
-        drawn = np.stack([state.drawn[:n] for state in self.rows.values()])
+        drawn = np.stack([state.drawn[:n] for state in self.cached.values()])
         return torch.from_numpy(drawn).to(self.model.device)
 
     def _read(self, ids: list[list[int]]) -> torch.Tensor:
-        """Prefill every row with its ids. -> logits[B, V] after each row's last one.
+        """Prefill every episode with its ids. -> logits[B, V] after each one's last.
 
         In parts of columns, each of at most prefill_tokens with the padding; if there are several, ids come
         longest first, and rows without any left drop out. A part's mask takes prefill_tokens bytes a slot in
         sight, and attention a copy in its own type: 256 MiB and 512 MiB at 16k * 16k in bfloat16.
         """
-        rows, start, hidden = list(self.rows.values()), 0, None
-        while n := sum(len(row) > start for row in ids):
-            stop = min(len(max(ids, key=len)), start + max(1, self.config.prefill_tokens // n))
-            parts = [row[start:stop] for row in ids[:n]]
-            padded = torch.tensor([part + [0] * (stop - start - len(part)) for part in parts])
-            lengths = torch.tensor([row.length for row in rows[:n]])
+        cached, first, hidden = list(self.cached.values()), 0, None
+        while n := sum(len(new) > first for new in ids):
+            end = min(len(max(ids, key=len)), first + max(1, self.config.prefill_tokens // n))
+            parts = [new[first:end] for new in ids[:n]]
+            padded = torch.tensor([part + [0] * (end - first - len(part)) for part in parts])
+            lengths = torch.tensor([episode.length for episode in cached[:n]])
             # rows differ in length: the padding of a long one would end beyond the context
-            positions = (lengths[:, None] + torch.arange(start, stop)).clamp_max(self.cache.limit - 1)
+            positions = (lengths[:, None] + torch.arange(first, end)).clamp_max(self.cache.limit - 1)
             out = self._forward(padded, positions, int(positions.max()) + 1)
-            ends = [b for b in range(n) if len(ids[b]) <= stop]
+            ends = [b for b in range(n) if len(ids[b]) <= end]
             hidden = out.new_empty(len(ids), out.shape[2]) if hidden is None else hidden
             hidden[ends] = out[ends, [len(parts[b]) - 1 for b in ends]]
-            start = stop
-        for row, new in zip(rows, ids, strict=True):
-            row.length += len(new)
+            first = end
+        for episode, new in zip(cached, ids, strict=True):
+            episode.length += len(new)
         return self._logits(hidden)
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:

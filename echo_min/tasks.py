@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,26 +19,12 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Environment:
-    """The container that a Harbor task asks for; only the Docker backend has it."""
-
-    folder: Path  # the task's: environment/, tests/ and solution/ lie in it
-    image: str = ""  # pulled; if empty, environment/ is built
-    build_seconds: float = 600.0
-    cpus: float = 1.0
-    network: bool = False
-    workdir: str = ""  # if empty, the image's
-    env: dict[str, str] = field(default_factory=dict)
-    verifier_env: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Task:
     """`verify` and `solution` are bash scripts; both run in the work folder.
 
     files: path below the work folder -> content. tools: name -> executable on PATH, read-only to the agent.
     verify exits with 0 for reward 1 and with 1 for reward 0; any other exit is an error of the
-    infrastructure. With an environment, verify writes the reward to a file instead (container.py).
+    infrastructure. With an environment, verify writes the reward to a file instead (terminals/docker.py).
     """
 
     name: str
@@ -48,7 +34,7 @@ class Task:
     files: dict[str, bytes] = field(default_factory=dict)
     tools: dict[str, bytes] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
-    environment: Environment | None = None
+    environment: Any = None  # the container that a Harbor task asks for (worlds/harbor.py)
 
 
 @dataclass(frozen=True)
@@ -63,4 +49,4 @@ class World:
     held_out: list[Task]
     weak: Callable[[random.Random], tuple[Task, list[str]]]  # a fresh demonstration
     expert: Callable[[Task, random.Random], list[str]]
-    decisive: tuple[str, ...] = ()  # words of an observation that tell what to do
+    telling: tuple[str, ...] = ()  # words of an observation that tell what to do

@@ -18,11 +18,12 @@ import threading
 import time
 from pathlib import Path
 
-from echo_min.tasks import Environment, Task
+from echo_min.tasks import Task
 from echo_min.terminal import GRACE_SECONDS, Terminal, TerminalDied
 from echo_min.terminals import docker_engine
 from echo_min.terminals.bubblewrap import PIPE_BYTES, RELAY, USERS
 from echo_min.terminals.docker_engine import ERRORS, Stream
+from echo_min.worlds.harbor import Environment
 
 START_SECONDS = 60.0  # until it answers
 DISK_SECONDS = 2.0  # between looks at how much a command has written

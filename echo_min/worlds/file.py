@@ -61,4 +61,4 @@ def file_world() -> World:
         return [f"grep -l {word} *", COMMANDS[kind].format(file=file), "done"]
 
     held_out, train = list(tasks.values())[:200], list(tasks.values())[200:]
-    return World(train=train, held_out=held_out, weak=weak, expert=expert, decisive=tuple(FILES))
+    return World(train=train, held_out=held_out, weak=weak, expert=expert, telling=tuple(FILES))

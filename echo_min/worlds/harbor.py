@@ -13,13 +13,28 @@ import re
 import shlex
 import tomllib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from echo_min.tasks import Environment, Limits, Task, World
+from echo_min.tasks import Limits, Task, World
 
 COMMAND_SECONDS = 120.0  # one command; the format only limits all of them together
 PROCESSES = 1024
 LOOK_AROUND = ["pwd", "ls -la", "head -n 20 *", "git log --oneline", "ps"]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The container that a Harbor task asks for; only the Docker backend has it."""
+
+    folder: Path  # the task's: environment/, tests/ and solution/ lie in it
+    image: str = ""  # pulled; if empty, environment/ is built
+    build_seconds: float = 600.0
+    cpus: float = 1.0
+    network: bool = False
+    workdir: str = ""  # if empty, the image's
+    env: dict[str, str] = field(default_factory=dict)
+    verifier_env: dict[str, str] = field(default_factory=dict)
 
 
 def harbor_tasks(folder: Path, allow_network: bool = False) -> list[Task]:

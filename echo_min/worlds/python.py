@@ -65,4 +65,4 @@ def python_world() -> World:
         verb, file = task.instruction.split()
         return [*[call(verb, None, file)] * rng.randrange(2), task.solution, "done"]
 
-    return World(tasks[200:], tasks[:200], weak, expert, decisive=tuple(f"'{word}'" for word in KEYWORDS))
+    return World(tasks[200:], tasks[:200], weak, expert, telling=tuple(f"'{word}'" for word in KEYWORDS))

@@ -118,8 +118,8 @@ def tool_world(family: str = "train", hard: bool = False, lying: bool = False) -
         wrong = rng.choice([w for w in choices if w != " ".join(words)])
         return [*[f"{tk} {verb} {wrong} {file}"] * rng.randrange(2), task.solution, "done"]
 
-    decisive = (*FLAGS[:10], *MODES) if hard else tuple(FLAGS)
-    return World(train=train, held_out=held_out, weak=weak, expert=expert, decisive=decisive)
+    telling = (*FLAGS[:10], *MODES) if hard else tuple(FLAGS)
+    return World(train=train, held_out=held_out, weak=weak, expert=expert, telling=telling)
 
 
 TOOL_WORLDS = {

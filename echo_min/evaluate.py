@@ -1,0 +1,77 @@
+"""How a policy is examined, in training and by eval.py: rollouts of held-out tasks, and observation CE."""
+
+import random
+from math import isnan
+
+import torch
+
+from echo_min.batch import pad
+from echo_min.config import Config, RunEnded
+from echo_min.echo import observation_mask
+from echo_min.masking import Transcript
+from echo_min.policy import segment_logprobs
+from echo_min.rollout import Episode, Noise, sample_episodes
+from echo_min.sft import record
+from echo_min.tasks import World
+
+
+class Examination:
+    """Of one policy in training. The scripted expert's trajectories on the held-out tasks, those of a
+    stronger policy, are never trained on; how well they are predicted is measured at every evaluation."""
+
+    def __init__(self, model, tokenizer, world: World, config: Config):
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.tasks = world.held_out[: config.eval_tasks]
+        self.expert = expert_transcripts(tokenizer, world, config)
+        self.last: dict = {}  # results
+
+    def results(self, step: int) -> dict:
+        """A sampled and a greedy rollout of each task, and observation CE on the expert's trajectories."""
+        self.last = {"expert_ce": observation_ce(self.model, self.expert, self.config)}
+        key = Noise.EVALUATION, self.config.seed, step
+        for name, noise in (("pass_rate", key), ("pass_rate_greedy", None)):
+            episodes = sample_episodes(self.model, self.tokenizer, self.tasks, 1, self.config, noise)
+            rewards = graded(episodes)
+            self.last |= {name: sum(rewards) / len(rewards), "eval_tasks": len(rewards)}
+        return self.last
+
+
+@torch.no_grad()
+def observation_logprobs(model, transcripts: list[Transcript], config: Config) -> list[dict[int, float]]:
+    """-> for each transcript: position of an observation token -> its log-probability, nats."""
+    out: list[dict[int, float]] = []
+    while part := transcripts[len(out) : len(out) + 64]:
+        while len(part) > 1 and len(part) * max(map(len, part)) > config.prefill_tokens:
+            part.pop()
+        ids, roles, _ = pad(part)
+        observations = observation_mask(roles)
+        ids = ids.to(model.device)
+        nothing = torch.zeros_like(observations)
+        _, logprobs = segment_logprobs(model, ids, ids, nothing, observations, config.logit_mb)
+        found: list[dict[int, float]] = [{} for _ in part]
+        for (b, t), logprob in zip(observations.nonzero().tolist(), logprobs.tolist(), strict=True):
+            found[b][t] = logprob
+        out += found
+    return out
+
+
+def observation_ce(model, transcripts: list[Transcript], config: Config) -> float:
+    """Mean cross-entropy of all observation tokens, nats per token; nan if there are none."""
+    found = observation_logprobs(model, transcripts, config)
+    logprobs = [logprob for positions in found for logprob in positions.values()]
+    return -sum(logprobs) / len(logprobs) if logprobs else float("nan")
+
+
+def expert_transcripts(tokenizer, world: World, config: Config) -> list[Transcript]:
+    """The scripted expert on the held-out tasks."""
+    rng = random.Random("expert")
+    scripts = [(task, world.expert(task, rng)) for task in world.held_out[: config.eval_tasks]]
+    return [e.transcript for e in record(tokenizer, scripts, config)]
+
+
+def graded(episodes: list[Episode]) -> list[float]:
+    """The rewards without the infrastructure's failures. Raises RunEnded if nothing else is left."""
+    rewards = [e.reward for e in episodes if not isnan(e.reward)]
+    if not rewards:
+        raise RunEnded(f"no episode could be graded: {episodes[0].error}")
+    return rewards

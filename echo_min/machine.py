@@ -1,0 +1,59 @@
+"""This machine: its device and threads, and what to do when its memory runs out."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from traceback import walk_tb
+
+import torch
+
+from echo_min.config import Config, RunEnded
+
+SAVED = "in its config.json"
+PHASES = {  # function at work -> name of the phase, what to do when memory runs out in it
+    "load_policy": ("loading of the model", "take a smaller one, or dtype bfloat16"),
+    "restore_optimizer": ("loading of the model", "take a smaller one, or optimizer adamw8bit"),
+    "supervise": (
+        "supervised stage",
+        f"{SAVED} lower prefill_tokens or logit_mb, or set gradient_checkpointing",
+    ),
+    "update": (
+        "update",
+        f"{SAVED} lower micro_batch_tokens, logit_mb or context, or set gradient_checkpointing",
+    ),
+    "rollout": ("rollout", f"{SAVED} lower terminals, prefill_tokens or context"),
+    "observation_logprobs": ("scoring of observations", f"{SAVED} lower prefill_tokens or logit_mb"),
+}
+
+
+@contextmanager
+def enough_memory(advice: str = ""):
+    """Raises RunEnded that names the phase, and what to do, when memory runs out. advice: instead of ours."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        names = [frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)]
+        phase, ours = next((PHASES[name] for name in names if name in PHASES), ("run", "use a smaller model"))
+        what = str(error).split("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
+        raise RunEnded(f"out of memory in the {phase}: {advice or ours} ({what})") from None
+
+
+def ran_out(error: Exception) -> bool:
+    texts = "can't allocate memory", "can't start new thread", "CUDA error: out of memory", "ALLOC_FAILED"
+    said = any(text in str(error) for text in texts)  # by torch, Python, CUDA, cuBLAS
+    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def on_this_machine(config: Config) -> Config:
+    """Set torch's threads and settle device "auto". Raises ValueError if the device is not there."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: {device!r} can't be used here: {error}") from None
+    return replace(config, device=device)

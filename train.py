@@ -19,7 +19,6 @@ if __name__ == "__main__":  # before torch, which takes seconds to load
 import random
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,9 +42,9 @@ from echo_min.worlds.registry import load_tasks
 
 @dataclass
 class Context:
-    """What a control (figures/controls.py) may look at."""
+    """What an experiment's change to every batch may look at: control(batch, context) -> batch."""
 
-    episodes: list[Episode]  # valid, in the batch's order
+    episodes: list[Episode]  # in the batch's order
     model: torch.nn.Module
     tokenizer: object
     step: int
@@ -53,17 +52,14 @@ class Context:
     telling: tuple[str, ...]  # words of an observation that tell what to do, as the world names them
 
 
-Control = Callable[[Batch, Context], Batch]
-
-
 def pick_tasks(tasks: list[Task], step: int, config: Config) -> list[Task]:
     """The step's tasks: every epoch in a new order, a function of (seed, epoch) alone."""
-    first, picked = step * config.tasks_per_step, []
-    for i in range(first, first + config.tasks_per_step):
+    picked = []
+    for i in range(step * config.tasks_per_step, (step + 1) * config.tasks_per_step):
         epoch, position = divmod(i, len(tasks))
-        order = list(range(len(tasks)))
+        order = list(tasks)
         random.Random(f"{config.seed} {epoch}").shuffle(order)
-        picked.append(tasks[order[position]])
+        picked.append(order[position])
     return picked
 
 
@@ -121,9 +117,7 @@ def train_step(model, optimizer, tokenizer, world: World, arm: str, step: int, c
     return episodes, metrics | {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
 
 
-def train_arm(
-    arm: str, config: Config, world: World, folder: Path, interrupted: threading.Event, control=None
-) -> None:
+def train_arm(arm: str, config: Config, world: World, folder: Path, interrupted, control) -> None:
     """Train one arm from the base, or from its newest checkpoint, to the last step or until `interrupted`."""
     done, model, tokenizer, optimizer = checkpoint.restore(folder, arm, config)
     if done == config.steps:
@@ -148,12 +142,7 @@ def train_arm(
                 raise RunEnded(f"ended after step {step + 1}, as you asked")
 
 
-def main(
-    config: Config,
-    folder: Path,
-    interrupted: threading.Event | None = None,
-    control: Control | None = None,
-) -> None:
+def main(config: Config, folder: Path, interrupted: threading.Event | None = None, control=None) -> None:
     """Base policy, every arm, one picture. A folder that holds a part of the same run is continued.
 
     interrupted: set it to end after the step at work. control: an experiment's change to every batch, named

@@ -73,11 +73,11 @@ def make_batch(episodes: list, config: Config) -> Batch:
     )
 
 
-def pad(transcripts: list[Transcript], pad_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def pad(transcripts: list[Transcript]) -> tuple[Tensor, Tensor, Tensor]:
     """-> ids[B, T] int64, roles[B, T] int8, logprobs[B, T] float32. Padding has the role SCAFFOLD, which no
     loss reads."""
     B, T = len(transcripts), max(map(len, transcripts))
-    ids = torch.full((B, T), pad_id, dtype=torch.int64)
+    ids = torch.zeros(B, T, dtype=torch.int64)
     roles = torch.full((B, T), Role.SCAFFOLD, dtype=torch.int8)
     logprobs = torch.zeros(B, T)
     for b, transcript in enumerate(transcripts):

@@ -6,14 +6,10 @@ from math import inf
 from pathlib import Path
 
 CHOICES = {
-    "backend": ["sandbox", "docker"],
-    "harness": ["plain", "qwen"],
-    "dtype": ["float32", "bfloat16"],
-    "optimizer": ["adamw", "adamw8bit"],
-    "tracker": ["none", "trackio", "wandb"],
-    "observation_norm": ["observation", "selected", "global"],
-    "policy_norm": ["sequence", "token"],
-}
+    "backend": ["sandbox", "docker"], "harness": ["plain", "qwen"], "dtype": ["float32", "bfloat16"],
+    "optimizer": ["adamw", "adamw8bit"], "tracker": ["none", "trackio", "wandb"],
+    "observation_norm": ["observation", "selected", "global"], "policy_norm": ["sequence", "token"],
+}  # fmt: skip
 ARMS = "grpo", "echo"  # rewards only; rewards, and CE on what the terminal wrote
 MAY_BE_ZERO = """seed threads base_steps base_observation_weight env_weight policy_weight warmup_steps
     weight_decay beta1 beta2 clip_low clip_high steps""".split()

@@ -34,16 +34,14 @@ class Action:
 
 
 def prompt(task: Task, style: str = "plain") -> list[Segment]:
-    system = []
+    messages = [("user", task.instruction)]
     if style == "qwen":
-        text = _qwen().SYSTEM
-        system = [(Role.SCAFFOLD, "<|im_start|>system\n"), (Role.PROMPT, text), (Role.SCAFFOLD, f"{END}\n")]
-    return [
-        *system,
-        (Role.SCAFFOLD, "<|im_start|>user\n"),
-        (Role.PROMPT, task.instruction),
-        (Role.SCAFFOLD, f"{END}\n<|im_start|>assistant\n"),
-    ]
+        messages.insert(0, ("system", _qwen().SYSTEM))
+    segments = []
+    for role, text in messages:
+        header, end = f"<|im_start|>{role}\n", f"{END}\n"
+        segments += [(Role.SCAFFOLD, header), (Role.PROMPT, text), (Role.SCAFFOLD, end)]
+    return [*segments[:-1], (Role.SCAFFOLD, f"{END}\n<|im_start|>assistant\n")]
 
 
 def reply(command: str, style: str = "plain") -> str:

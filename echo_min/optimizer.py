@@ -16,10 +16,8 @@ def lost_updates(config: Config) -> str:
     """A warning if these settings would train next to nothing, else ''."""
     if config.dtype != "bfloat16" or config.optimizer != "adamw" or config.learning_rate > 1e-5:
         return ""
-    return (
-        f"warning: at learning_rate {config.learning_rate:g} AdamW loses nearly every update of bfloat16"
-        " weights, which it rounds to the nearest; --optimizer adamw8bit rounds stochastically"
-    )
+    lost = f"warning: at learning_rate {config.learning_rate:g} AdamW loses nearly every update of bfloat16"
+    return f"{lost} weights, which it rounds to the nearest; --optimizer adamw8bit rounds stochastically"
 
 
 def make_optimizer(model, config: Config) -> torch.optim.Optimizer:

@@ -1,7 +1,6 @@
 """Rollouts: policy and terminal take turns until an episode stops; then the task's verifier rewards it."""
 
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -66,14 +65,13 @@ class Seat:
 
     def open(self) -> list[int]:
         """-> the prompt's ids. Raises ValueError if the context has no room for a reply."""
-        ids = self._extend(harness.prompt(self.episode.task, self.config.harness))
-        if not ids or len(ids) + self.config.max_action_tokens > self.config.context:
-            raise ValueError(
-                f"context: {self.config.context} tokens do not hold the prompt of task"
-                f" {self.episode.task.name} and a reply of {self.config.max_action_tokens}; raise it"
-            )
+        task, config = self.episode.task, self.config
+        ids = self._extend(harness.prompt(task, config.harness))
+        if not ids or self._is_full():
+            lacks = f"context: {config.context} tokens do not hold the prompt of task {task.name}"
+            raise ValueError(f"{lacks} and a reply of {config.max_action_tokens}; raise it")
         with self._guard():
-            self.terminal = open_terminal(self.episode.task, self.config.backend, self.config.output_chars)
+            self.terminal = open_terminal(task, config.backend, config.output_chars)
         return ids
 
     def answer(self, reply: Reply) -> list[int]:
@@ -98,12 +96,12 @@ class Seat:
             if episode.stop:
                 return []
         new = self._extend(harness.observation(output, action.warning, ended_by, self.config.harness))
-        if new and episode.turns == self.config.max_turns:
-            episode.stop = StopReason.MAX_TURNS
-        elif not new or len(episode.transcript) + self.config.max_action_tokens > self.config.context:
-            episode.stop = StopReason.CONTEXT_FULL
-        elif episode.seconds > episode.task.limits.agent_seconds:
+        if episode.seconds > episode.task.limits.agent_seconds:
             episode.stop = StopReason.AGENT_TIMEOUT
+        elif new and episode.turns == self.config.max_turns:
+            episode.stop = StopReason.MAX_TURNS
+        elif not new or self._is_full():
+            episode.stop = StopReason.CONTEXT_FULL
         return new
 
     def leave(self) -> None:
@@ -116,6 +114,10 @@ class Seat:
     def close(self) -> None:
         if self.terminal is not None:
             self.terminal.close()
+
+    def _is_full(self) -> bool:
+        """Whether the context has no room for another reply."""
+        return len(self.episode.transcript) + self.config.max_action_tokens > self.config.context
 
     def _extend(self, segments: list[Segment]) -> list[int]:
         """Append a message to the transcript, or nothing if it does not fit the context. -> its ids"""
@@ -170,16 +172,10 @@ def rollout(agent, tokenizer, episodes: list[Episode], config: Config) -> list[E
 
 
 def sample_episodes(
-    model,
-    tokenizer,
-    tasks: list[Task],
-    group_size: int,
-    config: Config,
-    key: tuple[int, ...] | None,
-    members: list[tuple[int, int]] | None = None,
+    model, tokenizer, tasks: list[Task], group_size: int, config: Config, key, members=None
 ) -> list[Episode]:
-    """group_size rollouts of each task. (*key, group, member) seeds a rollout's noise, a key begins with one
-    of Noise; key None is greedy. members: the (group, member) to play, if not all."""
+    """group_size rollouts of each task. key: integers, the first one of Noise; (*key, group, member) seeds a
+    rollout's noise. None: greedy. members: the (group, member) to play, if not all."""
     if members is None:
         members = [(group, member) for group in range(len(tasks)) for member in range(group_size)]
     noise = None if key is None else [np.random.default_rng((*key, *member)) for member in members]
@@ -196,18 +192,12 @@ def batch_metrics(episodes: list[Episode]) -> dict:
     valid = [e for e in episodes if e.valid]
     if not valid:
         raise RunEnded("no episode of the batch can be trained on: all failed or ran out of agent time")
-
-    def mean(value: Callable[[Episode], float]) -> float:
-        return sum(value(e) for e in valid) / len(valid)
-
     commands = [command for e in valid for command in e.commands]
-    return {
-        "reward": mean(lambda e: e.reward),
-        "turns": mean(lambda e: e.turns),
-        "action_tokens": mean(lambda e: e.transcript.count(Role.ACTION)),
-        "observation_tokens": mean(lambda e: e.transcript.count(Role.OBSERVATION)),
-        "warning_tokens": mean(lambda e: e.transcript.count(Role.WARNING)),
-        "command_diversity": len(set(commands)) / max(len(commands), 1),
-        "error": why,
-        "stop": {str(reason): sum(e.stop is reason for e in episodes) for reason in StopReason},
-    }
+    metrics = {"reward": sum(e.reward for e in valid) / len(valid)}
+    metrics["turns"] = sum(e.turns for e in valid) / len(valid)
+    for role in (Role.ACTION, Role.OBSERVATION, Role.WARNING):
+        count = sum(e.transcript.count(role) for e in valid)
+        metrics[f"{role.name.lower()}_tokens"] = count / len(valid)
+    metrics["command_diversity"] = len(set(commands)) / max(len(commands), 1)
+    stops = {str(reason): sum(e.stop is reason for e in episodes) for reason in StopReason}
+    return metrics | {"error": why, "stop": stops}

@@ -57,7 +57,8 @@ def supervise(model, episodes: list[Episode], config: Config, action_weight: flo
     """Minimise action_weight * CE(actions) + base_observation_weight * CE(observations), in place.
 
     base_steps of AdamW on base_batch episodes, in forward passes of at most prefill_tokens; the learning
-    rate rises for a tenth of the steps, then falls. Raises RunEnded if the gradient is not finite.
+    rate rises for a tenth of the steps, then falls, and is never 0.
+    Raises RunEnded if the gradient is not finite.
     """
     rng = random.Random(f"supervise {config.seed}")
     optimizer = make_optimizer(model, config)
@@ -65,7 +66,7 @@ def supervise(model, episodes: list[Episode], config: Config, action_weight: flo
     objective = replace(config, **plain, parsed_only=False, warnings_as_targets=False)
     bar = tqdm(range(config.base_steps), desc="supervised", disable=None)
     for step in bar:
-        done = (step + 1) / config.base_steps
+        done = (step + 0.5) / config.base_steps
         learning_rate = config.base_learning_rate * min(10 * done, (1 - done) / 0.9)
         batch = make_batch(rng.choices(episodes, k=config.base_batch), objective)
         total_action_ce = total_observation_ce = 0.0

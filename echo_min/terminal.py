@@ -1,9 +1,7 @@
 """The terminal of one episode: what every backend promises, and the one list of backends."""
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 
 from echo_min.tasks import Task
 
@@ -29,10 +27,18 @@ class TerminalDied(RuntimeError):
     """The environment itself is gone, or the verifier gave no verdict. Says nothing about the agent."""
 
 
-class Terminal(ABC):
-    """One episode's terminal, for a `with` block, in a fresh copy of the task's work folder.
+class Terminal:
+    """One episode's terminal, for a `with` block, in a fresh copy of the task's work folder. Many may run at
+    once in many threads; each serves one thread at a time. A backend adds these, and `run` is common:
 
-    Many may run at once in many threads; each serves one thread at a time. A backend adds what is abstract.
+    _command(data: bytes, seconds) -> str    run a command that ends in NUL, _keep what it prints
+                                             -> its exit code, or "late"
+    copy_in(folder: Path, target: str)       copy a folder's content to an absolute path; ValueError where
+                                             the backend has no such path
+    verify() -> float                        the reward, as the task's verifier says
+    close()                                  end every process of the episode; may be called again
+
+    All raise TerminalDied.
     """
 
     def __init__(self, task: Task, output_chars: int):
@@ -57,25 +63,6 @@ class Terminal(ABC):
         text, late = self._text.decode(errors="replace"), said == "late"
         shown = text[: self.output_chars]
         return Output(shown, 124 if late else int(said), late, len(text) > len(shown))
-
-    @abstractmethod
-    def _command(self, data: bytes, seconds: float) -> str:
-        """Run a command that ends in NUL, _keep what it prints. -> its exit code, or "late"."""
-
-    @abstractmethod
-    def copy_in(self, folder: Path, target: str) -> None:
-        """Copy a folder's content into the folder `target`, an absolute path.
-
-        Raises TerminalDied, ValueError for a target that the backend does not have.
-        """
-
-    @abstractmethod
-    def verify(self) -> float:
-        """The reward, as the task's verifier says. Raises TerminalDied when it says none."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """End every process of the episode; may be called again."""
 
     def __enter__(self):
         return self

@@ -1,7 +1,7 @@
-"""Which files does one training step enter? `python tests/one_step.py` prints each with its lines, then `total N`.
+"""Which files does one training step enter? Prints each with its lines, then `total N`.
 
-From picking the tasks to the optimizer step, settings and tasks included; only terminals/, worlds/ and kernels/
-are left out.
+From picking the tasks to the optimizer step, settings and tasks included; only terminals/, worlds/ and
+kernels/ are left out.
 """
 
 import os

@@ -150,7 +150,7 @@ def main(config: Config, folder: Path, interrupted: threading.Event | None = Non
     """
     if bool(config.control) != bool(control):
         raise ValueError(f"this run has the control {config.control!r}: python figures/controls.py --help")
-    world = load_tasks(config.tasks, config.allow_network)
+    world = load_tasks(config.tasks, config.allow_network, config.seed)
     with checkpoint.only_writer(folder), enough_memory():
         checkpoint.claim(folder, config)
         config = on_this_machine(config)

@@ -30,7 +30,7 @@ def entered_files() -> set[str]:
         found.add(frame.f_code.co_filename)
 
     with tempfile.TemporaryDirectory() as folder:
-        world = load_tasks("world:tool")
+        world = load_tasks("world:tool", False, config.seed)
         make_base(config, world, Path(folder, "base"))
         _, model, tokenizer, optimizer = checkpoint.restore(Path(folder), "echo", config)
         import threading

@@ -39,13 +39,13 @@ def file_task(kind: str, files: dict[str, str], file: str) -> Task:
     )
 
 
-def file_world() -> World:
+def file_world(seed: int) -> World:
     def draw(rng: random.Random) -> tuple[Task, str, str, str]:
         files = dict(zip(rng.sample(FILES, 4), rng.sample(WORDS, 4), strict=True))
         kind, file = rng.choice(list(COMMANDS)), rng.choice(list(files))
         return file_task(kind, files, file), kind, files[file], file
 
-    rng = random.Random("file world")
+    rng = random.Random(f"file world {seed}")
     tasks = {task.name: task for task, *_ in (draw(rng) for _ in range(900))}
 
     def weak(rng: random.Random) -> tuple[Task, list[str]]:

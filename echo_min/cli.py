@@ -59,7 +59,8 @@ def run(main: Callable[[Config, Path, threading.Event], None], config: Config, f
     except (ValueError, OSError, RunEnded, KeyboardInterrupt) as error:
         saved = any(folder.glob("*/step-*")) or (folder / "base").exists()
         saved |= isinstance(error, RunEnded) and (folder / "config.json").exists()  # to be edited
-        hint = f"\nWhat is saved stays: python train.py --resume {folder}" if saved else ""
+        script = "figures/controls.py" if config.control else "train.py"
+        hint = f"\nWhat is saved stays: python {script} --resume {folder}" if saved else ""
         sys.exit(f"train.py: {str(error) or 'interrupted'}{hint}")
 
 

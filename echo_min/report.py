@@ -5,6 +5,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
+from math import comb
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -71,9 +72,10 @@ def metrics_log(path: Path, arm: str, config: Config):
 def progress(metrics: dict, results: dict, episodes: int) -> str:
     """Of the bar: what the step and the last evaluation gave."""
     speed = episodes / (metrics["rollout_seconds"] + metrics["update_seconds"])
+    ce = metrics.get("observation_ce", metrics.get("control_ce", 0))
     return (
         f"pass {results.get('pass_rate', 0):.2f}, reward {metrics['reward']:.2f}, "
-        f"CE {metrics['observation_ce']:.2f}, {speed:.0f} rollouts/s"
+        f"CE {ce:.2f}, {speed:.0f} rollouts/s"
     )
 
 
@@ -88,6 +90,11 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
     if n == 1:
         return values[0], float("nan")
     return fmean(values), t95.get(n - 1, 1.96 + 2.5 / (n - 1)) * stdev(values) / n**0.5
+
+
+def pass_at_k(passed: int, trials: int, k: int) -> float:
+    """Chance that k of a task's trials hold one that passed (Chen et al. 2021: no bias). trials >= k."""
+    return 1 - comb(trials - passed, k) / comb(trials, k)
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
@@ -132,6 +139,8 @@ def collapse_alarm(history: list[dict], window: int = 20) -> str | None:
     if len(history) < 2 * window:
         return None
     before, now = history[-2 * window : -window], history[-window:]
+    if any("observation_ce" not in r for r in before + now):  # a control's run: not what the terminal wrote
+        return None
 
     def means(key: str) -> tuple[float, float]:
         return fmean(r[key] for r in before), fmean(r[key] for r in now)

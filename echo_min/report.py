@@ -1,6 +1,7 @@
 """What a run leaves to look at: metrics.jsonl, a progress bar, curves.png, transcripts in text and colour."""
 
 import json
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,19 +20,23 @@ COLOURS = {"grpo": "#777777", "echo": "#d1495b"}
 
 
 def log(path: Path, record: dict) -> None:
-    """Append one JSON line; floats keep six digits."""
+    """Append one JSON line, at once on disk; floats keep six digits."""
     record = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
     with open(path, "a") as file:
         file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # a checkpoint must not outlive the lines of its steps
 
 
 def tracker_package(config: Config):
-    """trackio or wandb, whose calls are the same, or None. Raises ValueError if it is not installed."""
+    """trackio or wandb, whose calls are the same, or None. Raises ValueError if it can't be had."""
     if config.tracker == "none":
         return None
     try:
         package = import_module(config.tracker)
-    except ImportError:
+    except Exception as error:  # of another's code
+        if not isinstance(error, ModuleNotFoundError) or error.name != config.tracker:
+            raise ValueError(f"tracker: {config.tracker} can't be imported: {error!r}") from error
         package = None
     if not hasattr(package, "init"):  # what is there may be a folder of its logs
         raise ValueError(f"tracker: pip install {config.tracker}; it is not here")

@@ -122,7 +122,8 @@ def publish(model, tokenizer, folder: Path, config: Config, **extra) -> None:
 
 def restore(folder: Path, arm: str, config: Config):
     """-> (steps done, model, tokenizer, optimizer) of an arm's newest checkpoint, or None steps and the base.
-    Lines of metrics.jsonl that came after it are dropped. Raises ValueError, saying what can't be read."""
+    Lines of metrics.jsonl and page.jsonl that came after it are dropped. Raises ValueError, saying what can't
+    be read."""
     found = latest(folder / arm)
     done, path = found or (None, folder / "base" if config.makes_base else config.model)
     model, tokenizer = load_policy(path, config.device, config.dtype, config.gradient_checkpointing)
@@ -130,7 +131,8 @@ def restore(folder: Path, arm: str, config: Config):
     if found:
         restore_optimizer(path, optimizer)
     last = -1 if done is None else done
-    truncate_metrics(folder / "metrics.jsonl", lambda r: r.get("arm") != arm or r["step"] <= last)
+    for name in ("metrics.jsonl", "page.jsonl"):
+        truncate_metrics(folder / name, lambda r: r.get("arm") != arm or r["step"] <= last)
     return done, model, tokenizer, optimizer
 
 

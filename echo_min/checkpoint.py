@@ -177,9 +177,10 @@ def restore(folder: Path, arm: str, config: Config):
 
 
 def keep_history(folder: Path, arm: str, last: int) -> None:
-    """Drop an arm's lines of metrics.jsonl after step `last`. Raises ValueError if an earlier is lost."""
-    path = folder / "metrics.jsonl"
-    kept = truncate_metrics(path, lambda r: (r["step"] <= last) | (r["arm"] != arm))  # a line must have both
+    """Drop an arm's lines of metrics.jsonl and page.jsonl after step `last`. Raises ValueError if an earlier
+    one of metrics.jsonl is lost."""
+    page, path = folder / "page.jsonl", folder / "metrics.jsonl"
+    _, kept = (truncate_metrics(f, lambda r: (r["step"] <= last) | (r["arm"] != arm)) for f in (page, path))
     if lost := set(range(last + 1)) - {r["step"] for r in kept if r["arm"] == arm}:
         what = f"{path}: the line of {arm}'s step {min(lost)} is missing"
         raise ValueError(f"{what}: put it back, or delete {folder / arm} to train this arm anew")

@@ -165,7 +165,7 @@ def tokens_with_surprise(tokenizer, transcript: Transcript, logprobs: dict[int, 
     """logprobs: position -> nats. A character split over several tokens shows as one mark a token."""
     texts = [printable(tokenizer.decode([i])) for i in transcript.ids]
     return [
-        (text, Role(role), -logprobs.get(t, 0.0))
+        (text, Role(role), round(0.0 - logprobs.get(t, 0.0), 3))
         for t, (text, role) in enumerate(zip(texts, transcript.roles, strict=True))
     ]
 

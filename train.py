@@ -67,9 +67,7 @@ def pick_tasks(tasks: list[Task], step: int, config: Config) -> list[Task]:
 def update(model, optimizer, batch: Batch, arm: str, step: int, config: Config) -> dict:
     """One optimizer step on a batch. -> metrics. Raises RunEnded if a loss is not finite."""
     env_weight = 0.0 if arm == "grpo" else config.env_weight  # lambda
-    true = batch.targets is batch.ids  # else a control's: a CE on them says nothing of the terminal
-    ce = "observation_ce" if true else "control_ce"
-    names = "policy_loss", "env_loss", ce, "mismatch", "ratio", "trivial_failures"
+    names = "policy_loss", "env_loss", "observation_ce", "mismatch", "ratio", "trivial_failures"
     metrics = dict.fromkeys(names, 0.0)
     all_actions = max(int(batch.action_mask.sum()), 1)
     all_observations = max(int(batch.observation_mask.sum()), 1)
@@ -91,15 +89,13 @@ def update(model, optimizer, batch: Batch, arm: str, step: int, config: Config) 
         known = predictable(observation_logprobs, observations) & (part.rewards == 0)
         metrics["policy_loss"] += policy_loss.item()
         metrics["env_loss"] += env_loss.item()
-        metrics[ce] -= observation_logprobs.sum().item() / all_observations
+        metrics["observation_ce"] -= observation_logprobs.sum().item() / all_observations
         metrics["mismatch"] += change.abs().sum().item() / all_actions
         metrics["ratio"] += change.exp().sum().item() / all_actions
         metrics["trivial_failures"] += known.sum().item() / len(batch)
     metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
     if not torch.tensor(list(metrics.values())).isfinite().all():
         raise RunEnded(f"step {step}: a loss or gradient is not finite: {metrics}")
-    if not true:
-        del metrics["trivial_failures"]
     warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     optimizer_step(optimizer, config.learning_rate * warm, seed=config.seed * 1_000_003 + step)
     return metrics | {"learning_share": (batch.advantages != 0).float().mean().item()}
@@ -118,6 +114,9 @@ def train_step(model, optimizer, tokenizer, world: World, arm: str, step: int, c
         valid = [episode for episode in episodes if episode.valid]
         batch = control(batch, Context(valid, model, tokenizer, step, config, world.telling, metrics))
     metrics |= update(model, optimizer, batch, arm, step, config)
+    if batch.targets is not batch.ids:  # a control's: what is said of them says nothing of the terminal
+        metrics["control_ce"] = metrics.pop("observation_ce")
+        del metrics["trivial_failures"]
     ended = time.perf_counter()
     return episodes, metrics | {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
 

@@ -106,9 +106,11 @@ def tool_world(
     usage: str = "true", family: str = "train",
 ) -> World:  # fmt: skip
     """words: how many a call needs, 1 or 2. Raises ValueError for a dial that is out of range."""
-    ranges = {"words": words in (1, 2), "linked": 0 <= linked <= 1, "tells": 1 <= tells <= 16,
-              "persist": persist == 1 or 0 <= persist < 1 and (tells, usage) == (1, "true"), "usage": usage in ("true", "lying", "code"),
-              "family": family in VERBS}  # fmt: skip
+    ranges = {
+        "words": words in (1, 2), "linked": 0 <= linked <= 1, "tells": 1 <= tells <= 16,
+        "persist": persist == 1 or (0 <= persist < 1 and (tells, usage) == (1, "true")),
+        "usage": usage in ("true", "lying", "code"), "family": family in VERBS,
+    }  # fmt: skip
     if wrong := [dial for dial, valid in ranges.items() if not valid]:
         raise ValueError(f"world:tool has no such value of {', '.join(wrong)}")
     choices = FLAGS if words == 1 else [" ".join(pair) for pair in product(FLAGS[:10], MODES)]

@@ -110,7 +110,7 @@ def test_weak_demonstrations_are_weak(world):
     for _ in range(64):
         task, commands = world.weak(rng)
         rewards.append(grade(task, *[c for c in commands if c != "done"]))
-    assert 0 < sum(rewards) / len(rewards) < 0.55  # of the tool worlds under 0.1
+    assert sum(rewards) / len(rewards) < 0.55  # of the tool worlds under 0.1; gnu's are all refused
 
 
 def test_an_unknown_world_names_those_that_exist():

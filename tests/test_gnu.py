@@ -12,7 +12,8 @@ from echo_min.rollout import Episode, StopReason
 from echo_min.sft import record, trained_tokenizer
 from echo_min.terminal import open_terminal
 from echo_min.worlds import gnu
-from echo_min.worlds.gnu import OPTIONS, ceiling, gnu_task, gnu_world, judge, shares, slots, valid
+from echo_min.worlds.gnu import OPTIONS, gnu_task, gnu_world, valid
+from figures.gnu_words import ceiling, judge, shares, slots
 
 WANTED = [(option, word) for option, (*_, words) in OPTIONS.items() for word in words.split()]
 

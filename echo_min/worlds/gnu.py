@@ -45,8 +45,8 @@ cd "$(mktemp -d)" && mkdir d {inputs} || exit 2
 @cache
 def refusal(program: str, option: str, word: str) -> str:
     """What this machine's program says against a word; empty if it takes it."""
-    settings = {"env": {"LC_ALL": "C"}, "cwd": "/", "stdin": subprocess.DEVNULL, "errors": "replace"}
-    return subprocess.run([program, f"{option}={word}"], capture_output=True, **settings).stderr
+    options = {"env": {"LC_ALL": "C"}, "cwd": "/", "stdin": subprocess.DEVNULL, "errors": "replace"}
+    return subprocess.run([program, f"{option}={word}"], capture_output=True, **options).stderr
 
 
 def valid(option: str) -> tuple[str, ...]:
@@ -58,50 +58,8 @@ def option_of(task: Task) -> str:
     return " ".join(task.instruction.split()[:2])
 
 
-def judge(task: Task, command: str) -> tuple[bool, bool]:
-    """-> whether it calls the task's program with the task's option; whether it does so with a valid word.
-
-    Both may be cut as far as the program itself accepts. Of a pipeline the first program counts.
-    """
-    program, option = option_of(task).split()
-    arguments = re.match(rf"\s*{program}(\s[^|;&]*)", command)
-    given = r"(?<=\s)(--[\w-]+)(?=(?:=|\s+)(['\"]?)([\w-]+)\2(?:[\s>]|$))"
-    for cut, _, word in re.findall(given, arguments[1], re.ASCII) if arguments else []:
-        if option.startswith(cut) and f" for '{option}'\n" in refusal(program, cut, "?"):
-            return True, not refusal(program, option, word)
-    return False, False
-
-
-def shares(episodes: list) -> dict[str, float]:
-    """valid: share of episodes whose last command has a valid word. right: of those, what passed.
-
-    episodes: rollout.py's; those that no loss reads do not count, one at least does. right of none: nan.
-    """
-    episodes = [e for e in episodes if e.valid]
-    rewards = [e.reward for e in episodes if e.commands and judge(e.task, e.commands[-1])[1]]
-    right = sum(rewards) / len(rewards) if rewards else float("nan")
-    return {"valid": len(rewards) / len(episodes), "right": right}
-
-
 def all_words() -> list[str]:
     return sorted({word for option in OPTIONS for word in valid(option)} | set(UNLISTED))
-
-
-def slots(task: Task) -> tuple[str, str, tuple[str, ...], tuple[str, ...], str]:
-    """-> a right call up to its word, first word listed, the others listed, all that are refused, the goal.
-
-    Words come as they are typed, quoted and after a space: call + word begins a command. The goal is in the
-    list. In neither group: what the program takes as a listed word cut short (si for size).
-    """
-    option = option_of(task)
-    first, *rest = (f" '{word}'" for word in valid(option))
-    refused = tuple(f" '{word}'" for word in all_words() if refusal(*option.split(), word))
-    return option, first, tuple(rest), refused, re.search(" '.+?'", task.solution)[0]
-
-
-def ceiling(tasks: list[Task]) -> float:
-    """The pass rate of who knows the lists and nothing else."""
-    return sum(1 / len(valid(option_of(task))) for task in tasks) / len(tasks)
 
 
 def lines(words) -> str:
@@ -173,8 +131,8 @@ def gnu_world(seed: int, answer: str = "true") -> World:
 
     def expert(task: Task, rng: random.Random) -> list[str]:
         """The right call, every second time after one with a word that is refused."""
-        *_, refused, goal = slots(task)
-        wrong = task.solution.replace(goal, rng.choice(refused), 1)
+        refused = [word for word in words if refusal(*option_of(task).split(), word)]
+        wrong = re.sub(" '.+?'", f" '{rng.choice(refused)}'", task.solution, count=1)
         return [*[wrong] * rng.randrange(2), task.solution, "done"]
 
     return World(train, held_out, weak, expert, telling=tuple(f"'{word}'" for word in words))

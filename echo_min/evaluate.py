@@ -2,6 +2,7 @@
 
 import random
 from math import isnan
+from statistics import fmean
 
 import torch
 
@@ -29,10 +30,12 @@ class Examination:
         """A sampled and a greedy rollout of each task, and observation CE on the expert's trajectories."""
         self.last = {"expert_ce": observation_ce(self.model, self.expert, self.config)}
         key = Noise.EVALUATION, self.config.seed, step
-        for name, noise in (("pass_rate", key), ("pass_rate_greedy", None)):
+        for way, noise in (("", key), ("_greedy", None)):
             episodes = sample_episodes(self.model, self.tokenizer, self.tasks, 1, self.config, noise)
             rewards = graded(episodes)
-            self.last |= {name: sum(rewards) / len(rewards), "eval_tasks": len(rewards)}
+            passed = sum(reward >= 1 for reward in rewards) / len(rewards)
+            self.last |= {f"pass_rate{way}": passed, f"mean_reward{way}": fmean(rewards)}
+            self.last["eval_tasks"] = len(rewards)
         return self.last
 
 

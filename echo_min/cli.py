@@ -1,4 +1,4 @@
-"""The command line of train.py: settings as flags, Ctrl-C, and every error as one line. Imports no torch, so
+"""The command lines. train.py: settings as flags, Ctrl-C, and every error as one line. Imports no torch, so
 that `--help` and a wrong flag answer at once."""
 
 import argparse
@@ -81,3 +81,33 @@ def interruptible():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def eval_args(about: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line of eval.py. A wrong flag ends the program with one clear line."""
+    usage = "eval.py [CHECKPOINT | --agent AGENT] [--tasks TASKS] [-k K] ...   (--help lists them all)"
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("eval.py", usage, about, formatter_class=plain, allow_abbrev=False)
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="or an arm's folder: its newest")
+    parser.add_argument("--preset", choices=PRESETS, help="settings for a model that train.py did not write")
+    parser.add_argument("--agent", choices=["policy", "oracle", "noop"], default="policy", help="[policy]")
+    parser.add_argument("--tasks", default="world:tool", help="world:NAME (held out), or a folder of tasks")
+    parser.add_argument("--all", action="store_true", help="of a folder also tasks that were trained on")
+    parser.add_argument("--backend", choices=["sandbox", "docker"], default="sandbox", help="[sandbox]")
+    parser.add_argument("--allow_network", action="store_true", help="for tasks that ask for a network")
+    parser.add_argument("-k", type=int, default=1, help="sampled rollouts per task [1]")
+    parser.add_argument("--limit", type=int, default=200, help="tasks at most [200]")
+    parser.add_argument("--terminals", type=int, help="in use at one time [as trained; 4 for docker]")
+    parser.add_argument("--max_turns", type=int, help="commands per episode [as trained]")
+    parser.add_argument("--temperature", type=float, help="sampling temperature [as trained]")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling [0]")
+    parser.add_argument("--out", type=Path, help="folder for trials and transcripts; a second run goes on")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N transcripts in colour [0]")
+    args = parser.parse_args(argv)
+    if min(args.k, args.limit) < 1:
+        parser.error("-k and --limit must be at least 1")
+    if (args.agent == "policy") != (args.checkpoint is not None):
+        parser.error("name a checkpoint, or pass --agent oracle or noop, which take none")
+    if args.all and args.tasks.startswith("world:"):
+        parser.error("--all is for a folder of tasks; of a world only held-out ones are played")
+    return args

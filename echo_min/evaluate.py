@@ -2,6 +2,7 @@
 
 import random
 from math import isnan
+from statistics import fmean
 
 import torch
 
@@ -34,10 +35,12 @@ class Examination:
         found = observation_logprobs(self.model, self.expert, self.config)
         self.last = {"expert_ce": cross_entropy(found)}
         key = Noise.EVALUATION, self.config.seed, step
-        for name, noise in (("pass_rate", key), ("pass_rate_greedy", None)):
+        for way, noise in (("", key), ("_greedy", None)):
             episodes = sample_episodes(self.model, self.tokenizer, self.tasks, 1, self.config, noise)
             rewards = graded(episodes)
-            self.last |= {name: sum(rewards) / len(rewards), "eval_tasks": len(rewards)}
+            passed = sum(reward >= 1 for reward in rewards) / len(rewards)
+            self.last |= {f"pass_rate{way}": passed, f"mean_reward{way}": fmean(rewards)}
+            self.last["eval_tasks"] = len(rewards)
         greedy, i = episodes[self.shown], self.shown
         (logprobs,) = observation_logprobs(self.model, [greedy.transcript], self.config)
         own = report.tokens_with_surprise(self.tokenizer, greedy.transcript, logprobs)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import eval
 import train
 from echo_min import checkpoint, cli, report
 from echo_min.config import Config, RunEnded
@@ -306,22 +305,6 @@ def test_a_full_disk_loses_nothing(finished, run, monkeypatch):
     assert metrics(run) == metrics(finished)
 
 
-def test_few_open_files_are_enough(finished):
-    """Many tasks are rolled out in parts: 64 terminals at a time, five files each."""
-    flags = ["eval.py", str(finished / "echo"), "--limit", "150"]
-    command = f"ulimit -n 512; exec {sys.executable} {' '.join(flags)}"
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "150 tasks x 1" in done.stdout, done.stderr
-
-
-def test_eval_measures_and_shows_a_checkpoint(finished, capsys):
-    eval.cli([str(finished / "echo"), "--tasks", "world:tool", "-k", "2", "--limit", "4", "--show", "1"])
-    out = capsys.readouterr().out
-    for word in ("pass@1 sampled", "pass@2 sampled", "pass@1 greedy", "max_turns", "turns", "observation CE"):
-        assert word in out
-    assert "\x1b[" in out
-
-
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -470,24 +453,6 @@ def test_a_refused_sandbox_says_what_to_do(run, monkeypatch, capsys):
     )
     SMALL.save(run / "config.json")
     assert "--backend docker" in refused(train, ["--resume", str(run)], capsys)
-
-
-def test_eval_refuses_what_is_no_checkpoint(tmp_path, capsys):
-    assert "pass --preset, one of tiny" in refused(eval, [str(tmp_path)], capsys)
-    said = refused(eval, [str(tmp_path), "--preset", "tiny"], capsys)
-    assert "neither a checkpoint folder nor a model" in said
-
-
-def test_eval_does_not_mix_two_evaluations(finished, tmp_path, capsys):
-    echo, out = checkpoint.latest(finished / "echo")[1], tmp_path / "out"
-    assert "remove --preset" in refused(eval, [str(echo), "--preset", "tiny"], capsys)
-    shutil.copytree(echo, tmp_path / "other")
-    replace(Config.load(echo / "echo_min.json"), output_chars=99).save(tmp_path / "other" / "echo_min.json")
-    eval.cli([str(echo), "--limit", "1", "--out", str(out)])
-    settings = json.loads((out / "settings.json").read_text())
-    (out / "settings.json").write_text(json.dumps(settings | {"checkpoint": str(tmp_path / "other")}))
-    said = refused(eval, [str(tmp_path / "other"), "--limit", "1", "--out", str(out)], capsys)
-    assert "another output_chars: pass a new --out" in said
 
 
 def test_memory_that_runs_out_before_anything_is_saved_names_resume(tmp_path, monkeypatch, capsys):

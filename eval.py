@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from echo_min import checkpoint, report
+from echo_min import checkpoint, page, report
 from echo_min.config import Config, RunEnded
 from echo_min.evaluate import observation_logprobs
 from echo_min.machine import enough_memory, on_this_machine
@@ -65,6 +65,7 @@ def cli(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for trials and transcripts; a second run goes on")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N transcripts in colour")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="a page of the first 20 trials played now")
     args = parser.parse_args(argv)
     try:
         run(args)
@@ -77,13 +78,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("-k and --limit must be at least 1")
     if (args.agent == "policy") != (args.checkpoint is not None):
         raise ValueError("name a checkpoint, or pass --agent oracle or noop, which take none")
-    world = args.tasks.startswith("world:")
-    if world:
-        tasks = load_world(args.tasks.removeprefix("world:")).held_out[: args.limit]
-    else:
-        tasks = harbor_tasks(Path(args.tasks), args.allow_network)[: args.limit]
-    if args.agent == "oracle" and (lacking := [task.name for task in tasks if not task.solution]):
-        raise ValueError(f"no solution for an oracle to run: {', '.join(lacking)}")
+    if args.html and args.agent != "policy":
+        raise ValueError("--html shows what surprises a policy: name a checkpoint")
     config = Config()
     if args.agent == "policy":
         folder = found[1] if (found := checkpoint.latest(args.checkpoint)) else args.checkpoint
@@ -99,6 +95,13 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"{lacks}; pass --preset, one of {', '.join(PRESETS)}")
         config = on_this_machine(replace(config, device="auto"))
         model, tokenizer = checkpoint.load_policy(folder, config.device, config.dtype)
+    world = args.tasks.startswith("world:")
+    if world:
+        tasks = load_world(args.tasks.removeprefix("world:"), config.seed).held_out[: args.limit]
+    else:
+        tasks = harbor_tasks(Path(args.tasks), args.allow_network)[: args.limit]
+    if args.agent == "oracle" and (lacking := [task.name for task in tasks if not task.solution]):
+        raise ValueError(f"no solution for an oracle to run: {', '.join(lacking)}")
     given = {name: getattr(args, name) for name in ("temperature", "max_turns", "terminals")}
     if args.backend == "docker" and args.terminals is None:
         given["terminals"] = 4
@@ -108,10 +111,14 @@ def run(args: argparse.Namespace) -> None:
     settings |= {"checkpoint": str(folder)} if args.agent == "policy" else {}
     counted = "backend temperature max_turns harness context max_action_tokens output_chars dtype".split()
     settings |= {name: getattr(config, name) for name in counted}
-    trials, shown = kept_trials(args.out, settings), []
+    trials, shown, points = kept_trials(args.out, settings), [], []
     have = {(record["task"], record["member"]) for record in trials}
     members = [*range(args.k), *(["greedy"] if args.agent == "policy" and world else [])]
     rows = [(i, m) for m in members for i in range(len(tasks)) if (tasks[i].name, m) not in have]
+    if args.html and not rows:
+        raise ValueError(f"--html shows trials as they are played; {args.out} holds them all: remove --out")
+    if args.html:
+        args.html.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(rows), desc=args.agent, disable=None, unit="trial") as bar:
         while rows:
             key = None if rows[0][1] == "greedy" else (Noise.SCORING, args.seed)
@@ -130,11 +137,16 @@ def run(args: argparse.Namespace) -> None:
                 logps = [{} for _ in episodes]
             for (_, member), e, row, text in zip(part, episodes, logps, texts, strict=True):
                 trials.append(trial(e, member, -sum(row.values())))
+                if args.html and len(points) < 20:
+                    tokens = report.tokens_with_surprise(tokenizer, e.transcript, row)
+                    points.append(page.point(e, tokens, arm="policy", step=len(points), member=member))
                 if args.out:
                     path = args.out / "transcripts" / f"{e.task.name}-{member}.txt"
                     path.parent.mkdir(exist_ok=True)
                     path.write_text(report.printable(text))
                     report.log(args.out / "trials.jsonl", trials[-1])
+            if args.html:
+                page.write(args.html, f"{folder}, {args.tasks}", points)
             rows = rows[len(part) :]
             bar.update(len(part))
     summarise(trials, args.k)

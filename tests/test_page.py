@@ -184,6 +184,12 @@ def test_hostile_text_stays_text(tmp_path, text):
     assert "".join(shown.texts["title"]).strip() == report.printable(text).strip()
     assert [token[0] for token in shown.columns[4]["tokens"]] == [text] * len(Role)
     assert shown.columns[2]["tokens"][2][0] == text
+    trials = [{k: v for k, v in p.items() if k != "expert"} | {"arm": text, "member": text} for p in evil[:3]]
+    page.write(path, text, trials)
+    shown = Shown(path)
+    assert shown.tags.count("script") == 2 and "img" not in shown.tags
+    assert shown.texts["option"] == [f"{text}, trial {text}"] * 3
+    assert shown.columns[0]["h3"] == text and text in shown.columns[0]["small"]
 
 
 def test_a_script_that_got_in_all_the_same_does_not_run(drawn):

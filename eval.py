@@ -22,7 +22,7 @@ from statistics import fmean
 
 from tqdm import tqdm
 
-from echo_min import checkpoint, report
+from echo_min import checkpoint, page, report
 from echo_min.config import Config, RunEnded
 from echo_min.evaluate import observation_logprobs
 from echo_min.machine import enough_memory, on_this_machine
@@ -33,6 +33,8 @@ from echo_min.tasks import Task
 from echo_min.terminal import TerminalDied, open_terminal
 from echo_min.worlds.harbor import harbor_tasks
 from echo_min.worlds.registry import load_tasks
+
+ON_A_PAGE = 20  # trials that --html shows, of those played now
 
 
 @dataclass
@@ -60,12 +62,16 @@ def cli(argv: list[str] | None = None) -> None:
 
 
 def run(args: Namespace) -> None:
+    if args.html and not args.checkpoint:
+        raise ValueError("--html shows what surprises a policy: name a checkpoint")
     config, folder = settings(args)
     tasks, chosen = load(args, config)
-    trials, shown = kept_trials(args, config, folder) if args.out else [], []
+    trials, shown, points = kept_trials(args, config, folder) if args.out else [], [], []
     have = {(t.task, t.member) for t in trials}
     greedy = ["greedy"] if folder and args.tasks.startswith("world:") else []
     rows = [(i, m) for m in [*range(args.k), *greedy] for i in chosen if (tasks[i].name, m) not in have]
+    if args.html and not rows:
+        raise ValueError(f"--html shows trials as they are played; {args.out} holds them all: remove --out")
     policy = checkpoint.load_policy(folder, config.device, config.dtype) if folder and rows else None
     with tqdm(total=len(rows), desc=args.agent, disable=None, unit="trial") as bar:
         while rows:
@@ -79,11 +85,15 @@ def run(args: Namespace) -> None:
                     path.parent.mkdir(exist_ok=True)
                     path.write_text(report.printable(text))
                     report.log(args.out / "trials.jsonl", asdict(trials[-1]))
-                if policy and len(shown) < args.show:
-                    tokens = report.tokens_with_surprise(policy[1], e.transcript, logprobs)
+                tokens = report.tokens_with_surprise(policy[1], e.transcript, logprobs) if policy else []
+                if len(shown) < args.show * bool(policy):
                     shown.append(f"\n--- {e.task.name}: reward {e.reward:g}, {e.stop}\n{report.ansi(tokens)}")
+                if len(points) < ON_A_PAGE:
+                    points.append(page.point(e, tokens, arm="policy", step=len(points), member=member))
             rows = rows[len(part) :]
             bar.update(len(part))
+    if args.html:
+        page.write(args.html, f"{folder}, {args.tasks}", points)
     names = {tasks[i].name for i in chosen}  # --out may hold more
     print(*summary([t for t in trials if t.task in names], args.k, len(names)), *shown, sep="\n")
 
@@ -102,7 +112,8 @@ def settings(args: Namespace) -> tuple[Config, Path | None]:
         published = PRESETS.get(args.preset, {}) | {"tasks": "world:"}  # trained on nothing that is here
         config = Config.load(saved) if saved.exists() else Config(**published)
         config = on_this_machine(replace(config, device="auto"))
-    given = {name: getattr(args, name) for name in ("terminals", "temperature", "max_turns")}
+    args.tasks = args.tasks or config.tasks
+    given = {name: getattr(args, name) for name in ("terminals", "temperature", "max_turns", "seed")}
     if args.backend == "docker" and args.terminals is None:
         given["terminals"] = 4
     given = {name: value for name, value in given.items() if value is not None}
@@ -135,7 +146,7 @@ def load(args: Namespace, config: Config) -> tuple[list[Task], list[int]]:
 
 def play(model, tokenizer, tasks: list[Task], part: list[tuple], args, config: Config) -> list[tuple]:
     """An episode of each (task, member) in `part`. -> for each: it, its text, its observations' log-probs."""
-    key = None if part[0][1] == "greedy" else (Noise.SCORING, args.seed)
+    key = None if part[0][1] == "greedy" else (Noise.SCORING, config.seed)
     with enough_memory("pass a lower --terminals"):
         episodes = sample_episodes(model, tokenizer, tasks, args.k, config, key, part)
         logprobs = observation_logprobs(model, [e.transcript for e in episodes], config)
@@ -179,9 +190,9 @@ def kept_trials(args: Namespace, config: Config, checkpoint_folder: Path | None)
 
     Raises ValueError if it holds another evaluation, or a file that can't be read.
     """
-    now = {name: str(getattr(args, name)) for name in ("agent", "tasks", "allow_network", "seed")}
+    now = {name: str(getattr(args, name)) for name in ("agent", "tasks", "allow_network")}
     now |= {"checkpoint": str(checkpoint_folder)} if checkpoint_folder else {}
-    counted = "backend temperature max_turns harness context max_action_tokens output_chars dtype".split()
+    counted = "seed backend temperature max_turns harness context max_action_tokens output_chars dtype".split()
     now |= {name: getattr(config, name) for name in counted}
     path, trials = args.out / "settings.json", args.out / "trials.jsonl"
     try:

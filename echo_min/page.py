@@ -90,7 +90,7 @@ function columns(kind, name, policies) {  // policies: [name, colour, step -> po
 heading.textContent = document.title = title
 intro.textContent = 'Blue: what a policy typed. Red: what the terminal wrote, darker where the policy was '
   + 'surprised, that is, where it thought that text unlikely; point at a token for its surprise in nats. '
-  + (training ? 'Move the slider through training: who learns to foresee the terminal loses the red.' : '')
+  + (training ? 'Move the slider through training: as a policy learns to foresee it, its red fades.' : '')
 write(legend, [['task  ', 0], ['policy', 1], ['  ', 0], ['warning', 3], ['  frame', 4],
   ['  terminal, surprise in nats: ', 0], ...[0, 1, 2, 3, 4, 5].map(nats => [` ${nats} `, 2, nats])])
 const control = add(nav, training ? 'input' : 'select'), output = add(nav, 'output')

@@ -104,7 +104,7 @@ def table(counts: Counter) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("regex", nargs="?", default="")
     parser.add_argument("--table", type=Path)
     args = parser.parse_args()
@@ -112,7 +112,7 @@ def main() -> int:
     counts = run([m for m in every if re.search(args.regex, f"{m[0]}: {m[1]}")])
     print(f"\n{table(counts)}")
     if args.table:
-        args.table.write_text(f"One line broken at a time: does a test notice? `make mutate`\n\n{table(counts)}\n")
+        args.table.write_text(f"Each mutation breaks one line. `make mutate`\n\n{table(counts)}\n")
     return sum(counts.values()) - sum(n for (_, outcome), n in counts.items() if outcome == "caught")
 
 

@@ -192,8 +192,8 @@ def kept_trials(args: Namespace, config: Config, checkpoint_folder: Path | None)
     """
     now = {name: str(getattr(args, name)) for name in ("agent", "tasks", "allow_network")}
     now |= {"checkpoint": str(checkpoint_folder)} if checkpoint_folder else {}
-    counted = "seed backend temperature max_turns harness context max_action_tokens output_chars dtype".split()
-    now |= {name: getattr(config, name) for name in counted}
+    counted = "seed backend temperature max_turns harness context max_action_tokens output_chars dtype"
+    now |= {name: getattr(config, name) for name in counted.split()}
     path, trials = args.out / "settings.json", args.out / "trials.jsonl"
     try:
         old = dict(json.loads(path.read_bytes())) if path.exists() else now

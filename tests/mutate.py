@@ -104,8 +104,7 @@ def table(counts: Counter) -> str:
 
 
 def main() -> int:
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("regex", nargs="?", default="")
     parser.add_argument("--table", type=Path)
     args = parser.parse_args()
@@ -113,8 +112,7 @@ def main() -> int:
     counts = run([m for m in every if re.search(args.regex, f"{m[0]}: {m[1]}")])
     print(f"\n{table(counts)}")
     if args.table:
-        head = "One line broken at a time: does a test notice? `make mutate`"
-        args.table.write_text(f"{head}\n\n{table(counts)}\n")
+        args.table.write_text(f"Each mutation breaks one line. `make mutate`\n\n{table(counts)}\n")
     return sum(counts.values()) - sum(n for (_, outcome), n in counts.items() if outcome == "caught")
 
 

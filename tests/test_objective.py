@@ -16,7 +16,7 @@ from echo_min.rollout import Episode, StopReason
 from echo_min.tasks import Task
 from kernels.segment_logprob import dual_segment_logprobs
 
-CONFIG = Config(device="cpu", grad_clip=1e9, temperature=0.8, observation_temperature=0.8, env_weight=0.05)
+CONFIG = Config(device="cpu", grad_clip=1e9, temperature=0.8, observation_temperature=1.3, env_weight=0.05)
 TASK = Task("t", "", "", "")
 
 
@@ -67,11 +67,13 @@ def reference(model, batch, env_weight, config):
         advantage = 0.0
         if group.min() < group.max():
             advantage = float((e.reward - group.mean()) / (group.std() + 1e-6))
-        logits = model(torch.tensor([e.transcript.ids])).logits[0].double() / config.temperature
+        logits = model(torch.tensor([e.transcript.ids])).logits[0].double()
         n_action = sum(r == Role.ACTION for r in e.transcript.roles)
         n_observation = sum(r in (Role.OBSERVATION, Role.WARNING) for r in e.transcript.roles)
         for t, (i, role) in enumerate(zip(e.transcript.ids, e.transcript.roles, strict=True)):
-            logp = logits[t - 1].log_softmax(-1)[i]
+            acting = role == Role.ACTION
+            temperature = config.temperature if acting else config.observation_temperature
+            logp = (logits[t - 1] / temperature).log_softmax(-1)[i]
             if role == Role.ACTION:
                 ratio = torch.exp(logp - e.transcript.logprobs[t])
                 low, high = 1 - config.clip_low, 1 + config.clip_high
@@ -167,6 +169,10 @@ def test_group_advantages():
     advantages = group_advantages(rewards, groups)
     assert advantages[:3].tolist() == [0, 0, 0] and advantages[5] == 0
     assert advantages[3:5].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=2e-6)
+    rewards, groups = torch.tensor([1e-6, 0.0, 1e-6]), torch.tensor([2, 2, 5])  # a difference that is nothing
+    root = 0.5**0.5
+    expected = [0.5 / (root + 1), -0.5 / (root + 1), 0]  # the 1e-6 beside the std
+    assert group_advantages(rewards, groups).tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_grpo_loss_clips_each_side_where_it_must():

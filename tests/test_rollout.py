@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 
+from echo_min import harness
 from echo_min import rollout as rollout_module
-from echo_min.config import Config
-from echo_min.masking import Role
-from echo_min.rollout import Episode, StopReason, rollout, sample_episodes
+from echo_min.config import Config, RunEnded
+from echo_min.masking import Role, encode
+from echo_min.rollout import Episode, Noise, Seat, StopReason, batch_metrics, rollout, sample_episodes
 from echo_min.sft import Script
 from echo_min.tasks import Limits
 from echo_min.terminal import TerminalDied
@@ -196,3 +197,143 @@ def test_episodes_that_wait_get_the_tokens_of_those_that_do_not(model, tokenizer
         return [(e.transcript.ids, e.reward, e.stop) for e in batch]
 
     assert sample(8) == sample(3) == sample(1)
+
+
+# ---- what stops an episode, and what it counts ----
+
+
+def episode(stop, reward=0.0, turns=1, actions=1, observations=0, warnings=0, commands=()):
+    e = Episode(TASK, 0, commands=list(commands), reward=reward, stop=stop, turns=turns)
+    e.transcript.append(Role.PROMPT, [1, 2])
+    e.transcript.append(Role.ACTION, [3] * actions, [-1.0] * actions)
+    e.transcript.append(Role.OBSERVATION, [4] * observations)
+    e.transcript.append(Role.WARNING, [5] * warnings)
+    return e
+
+
+def test_which_episodes_are_trained_on():
+    valid = {stop: Episode(TASK, 0, stop=stop).valid for stop in [None, *StopReason]}
+    assert [stop for stop in valid if valid[stop]] == ["done", "max_turns", "context_full"]
+
+
+def test_metrics_are_means_over_valid_episodes():
+    batch = [
+        episode(StopReason.DONE, 1.0, 3, 5, 7, 0, ["a", "b"]),
+        episode(StopReason.MAX_TURNS, 0.0, 2, 1, 0, 4, ["a"]),
+        episode(StopReason.AGENT_TIMEOUT, 1.0, 9, 90, 90, 90, ["x", "y"]),
+        episode(StopReason.INFRA_ERROR, float("nan"), 9, 90, 90, 90, ["z"]),
+    ]
+    batch[3].error = "the engine is gone"
+    assert batch_metrics(batch) == {
+        "reward": 0.5, "turns": 2.5, "action_tokens": 3.0, "observation_tokens": 3.5, "warning_tokens": 2.0,
+        "command_diversity": 2 / 3, "error": "the engine is gone",
+        "stop": {"done": 1, "max_turns": 1, "context_full": 0, "agent_timeout": 1, "infra_error": 1},
+    }  # fmt: skip
+    assert batch_metrics(batch[:2])["error"] == ""
+    assert batch_metrics([episode(StopReason.DONE)])["command_diversity"] == 0
+
+
+def test_more_than_half_failed_ends_the_run_and_half_does_not():
+    good, failed = episode(StopReason.DONE), episode(StopReason.INFRA_ERROR)
+    failed.error = "no engine"
+    assert batch_metrics([good, good, failed, failed])["stop"]["infra_error"] == 2
+    with pytest.raises(RunEnded, match="3 of 5 episodes failed: no engine"):
+        batch_metrics([good, good, failed, failed, failed])
+    with pytest.raises(RunEnded, match="no episode of the batch can be trained on"):
+        batch_metrics([failed, episode(StopReason.AGENT_TIMEOUT)])
+
+
+def test_a_timeout_of_the_policys_own_shortens_the_limit_and_never_lengthens_it(tokenizer):
+    config = replace(CONFIG, harness="qwen", context=4096, max_turns=1)
+    task = replace(TASK, limits=Limits(command_seconds=1.2))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    def seconds(timeout):
+        call = f"<parameter=command>sleep 9</parameter>{timeout}</function></tool_call>"
+        ids = encode(tokenizer, Role.ACTION, f"<tool_call><function=bash>{call}")
+        seat = Seat(Episode(task, 0), tokenizer, config)
+        seat.open()
+        try:
+            seat.answer(([*ids, end], [0.0] * (len(ids) + 1)))
+        finally:
+            seat.close()
+        assert "(timed out)" in text(tokenizer, seat.episode, Role.SCAFFOLD)
+        return seat.episode.seconds
+
+    assert 1.2 <= seconds("") < 6
+    assert 1.2 <= seconds("<parameter=timeout>30</parameter>") < 6
+    assert 0.1 <= seconds("<parameter=timeout>0.1</parameter>") < 1.2
+
+
+def test_time_adds_up_over_the_turns(tokenizer):
+    task = replace(TASK, limits=Limits(agent_seconds=0.5))
+    (e,) = play(tokenizer, ["sleep 0.3", "sleep 0.3", "true"], task=task)
+    assert (e.stop, e.turns) == (StopReason.AGENT_TIMEOUT, 2) and 0.6 <= e.seconds < 3
+
+
+def test_out_of_time_on_the_last_turn_is_out_of_time(tokenizer):
+    task = replace(TASK, limits=Limits(agent_seconds=0.2))
+    (e,) = play(tokenizer, [f"{TASK.solution}; sleep 0.3"], task=task, config=replace(CONFIG, max_turns=1))
+    assert (e.stop, e.reward, e.valid) == (StopReason.AGENT_TIMEOUT, 1.0, False)
+
+
+def test_the_last_turn_in_a_full_context(tokenizer):
+    """max_turns when the answer was said, context_full when it did not fit."""
+    fits = play(tokenizer, ["true"], config=replace(CONFIG, max_turns=1))[0]
+    room, prompt = len(fits.transcript), fits.transcript.roles.index(Role.ACTION)
+    one = replace(CONFIG, max_turns=1, max_action_tokens=room - prompt)
+    assert play(tokenizer, ["true"], config=replace(one, context=room))[0].stop is StopReason.MAX_TURNS
+    one = replace(one, max_action_tokens=room - prompt - 1)
+    short = play(tokenizer, ["true"], config=replace(one, context=room - 1))[0]
+    assert short.stop is StopReason.CONTEXT_FULL and len(short.transcript) < room - 1
+    assert short.transcript.roles[-1] == Role.ACTION  # a message is said whole or not at all
+
+
+def test_a_reply_that_just_fits_is_asked_for(tokenizer):
+    fits = play(tokenizer, ["true", "done"])[0]
+    before = len(fits.transcript) - fits.transcript.roles[::-1].index(Role.SCAFFOLD)  # of the last reply
+    config = replace(CONFIG, context=before + 30, max_action_tokens=30)
+    assert play(tokenizer, ["true", "done"], config=config)[0].stop is StopReason.DONE
+    config = replace(config, context=before + 29)
+    assert play(tokenizer, ["true", "done"], config=config)[0].stop is StopReason.CONTEXT_FULL
+
+
+def test_a_prompt_with_just_room_for_a_reply(tokenizer):
+    prompt = len(Seat(Episode(TASK, 0), tokenizer, CONFIG)._extend(harness.prompt(TASK)))
+    config = replace(CONFIG, context=prompt + 30, max_action_tokens=30)
+    assert play(tokenizer, ["done"], config=config)[0].stop is StopReason.DONE
+    for context in (prompt + 29, prompt - 1):
+        with pytest.raises(ValueError, match="do not hold the prompt"):
+            play(tokenizer, ["done"], config=replace(config, context=context))
+
+
+@pytest.mark.parametrize("marker, warning", [(None, harness.CUT), ("<|im_start|>", harness.FORGED)])
+def test_a_reply_that_does_not_end_well_runs_nothing(tokenizer, marker, warning):
+    seat = Seat(Episode(TASK, 0), tokenizer, CONFIG)
+    seat.open()
+    ids = encode(tokenizer, Role.ACTION, TASK.solution)
+    ids += [tokenizer.convert_tokens_to_ids(marker)] if marker else []
+    answer = seat.answer((ids, [-1.0] * len(ids)))
+    seat.episode.stop = StopReason.DONE
+    seat.leave()
+    e = seat.episode
+    assert e.commands == [] and e.reward == 0.0 and e.turns == 1
+    assert text(tokenizer, e, Role.WARNING) == f"WARNINGS:\n- {warning}\n\n"
+    assert tokenizer.decode(answer).startswith("<|im_end|>\n<|im_start|>tool\n")  # the turn is closed for it
+    assert e.transcript.logprobs.count(-1.0) == len(ids) and e.transcript.ids[-len(answer) :] == answer
+
+
+def test_only_some_members_are_played_with_the_noise_that_is_theirs(model, tokenizer):
+    tasks, config = load_world("tool", 1).train[:3], replace(CONFIG, max_action_tokens=12, max_turns=1)
+
+    def sample(key, *rest):
+        return [(e.task.name, e.group, e.transcript.ids)
+                for e in sample_episodes(model, tokenizer, tasks, 2, config, key, *rest)]  # fmt: skip
+
+    whole = sample((Noise.SCORING, 5))
+    named = [(task.name, group) for group, task in enumerate(tasks) for _ in range(2)]
+    assert [(name, group) for name, group, _ in whole] == named
+    assert sample((Noise.SCORING, 5), [(2, 1), (0, 0)]) == [whole[5], whole[0]]
+    greedy = sample(None)
+    assert greedy[0] == greedy[1] and greedy[2] == greedy[3]  # no noise
+    assert greedy == sample(None) and greedy != whole

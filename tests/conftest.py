@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from echo_min.policy import tiny_model, tiny_tokenizer
+from echo_min.tiny import tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)  # models this small only lose time to a second thread
 

@@ -5,14 +5,20 @@ python eval.py runs/tiny/echo --tasks FOLDER --backend docker -k 5 --out runs/ev
 python eval.py --agent oracle --tasks FOLDER --backend docker
 """
 
-import argparse
+from echo_min.cli import eval_args
+
+if __name__ == "__main__":  # before torch, which takes seconds to load
+    eval_args(__doc__)
+
 import json
 import sys
 import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from math import isnan
 from pathlib import Path
+from statistics import fmean
 
 from tqdm import tqdm
 
@@ -26,7 +32,121 @@ from echo_min.rollout import Episode, Noise, StopReason, sample_episodes
 from echo_min.tasks import Task
 from echo_min.terminal import TerminalDied, open_terminal
 from echo_min.worlds.harbor import harbor_tasks
-from echo_min.worlds.registry import load_world
+from echo_min.worlds.registry import load_tasks
+
+
+@dataclass
+class Trial:
+    """A line of trials.jsonl."""
+
+    task: str
+    member: int | str  # which of a task's sampled ones, or "greedy"
+    reward: float | None  # null where the infrastructure failed
+    stop: str
+    turns: int
+    action_tokens: int
+    observation_tokens: int
+    observation_nats: float
+    seconds: float  # in the terminal
+    error: str
+
+
+def cli(argv: list[str] | None = None) -> None:
+    args = eval_args(__doc__, argv)
+    try:
+        run(args)
+    except (ValueError, OSError, RunEnded, KeyboardInterrupt) as error:
+        sys.exit(f"eval.py: {str(error) or 'interrupted'}")
+
+
+def run(args: Namespace) -> None:
+    config, folder = settings(args)
+    tasks, chosen = load(args, config)
+    trials, shown = kept_trials(args, config, folder) if args.out else [], []
+    have = {(t.task, t.member) for t in trials}
+    greedy = ["greedy"] if folder and args.tasks.startswith("world:") else []
+    rows = [(i, m) for m in [*range(args.k), *greedy] for i in chosen if (tasks[i].name, m) not in have]
+    policy = checkpoint.load_policy(folder, config.device, config.dtype) if folder and rows else None
+    with tqdm(total=len(rows), desc=args.agent, disable=None, unit="trial") as bar:
+        while rows:
+            alike = [row for row in rows if (row[1] == "greedy") == (rows[0][1] == "greedy")]
+            part = alike[: config.terminals]
+            played = play(*policy, tasks, part, args, config) if policy else script(tasks, part, args, config)
+            for (_, member), (e, text, logprobs) in zip(part, played, strict=True):
+                trials.append(trial(e, member, -sum(logprobs.values())))
+                if args.out:
+                    path = args.out / "transcripts" / f"{e.task.name}-{member}.txt"
+                    path.parent.mkdir(exist_ok=True)
+                    path.write_text(report.printable(text))
+                    report.log(args.out / "trials.jsonl", asdict(trials[-1]))
+                if policy and len(shown) < args.show:
+                    tokens = report.tokens_with_surprise(policy[1], e.transcript, logprobs)
+                    shown.append(f"\n--- {e.task.name}: reward {e.reward:g}, {e.stop}\n{report.ansi(tokens)}")
+            rows = rows[len(part) :]
+            bar.update(len(part))
+    names = {tasks[i].name for i in chosen}  # --out may hold more
+    print(*summary([t for t in trials if t.task in names], args.k, len(names)), *shown, sep="\n")
+
+
+def settings(args: Namespace) -> tuple[Config, Path | None]:
+    """-> settings to play under, whose `tasks` are those that the policy was trained on; its folder."""
+    config, folder = Config(), args.checkpoint
+    if folder:
+        folder = found[1] if (found := checkpoint.latest(folder)) else folder
+        saved = folder / "echo_min.json"
+        if saved.exists() and args.preset:
+            raise ValueError(f"{folder} has settings of its own: remove --preset")
+        if not saved.exists() and not args.preset:
+            lacks = f"{folder}: no echo_min.json says how to prompt it and what fits its context"
+            raise ValueError(f"{lacks}; pass --preset, one of {', '.join(PRESETS)}")
+        published = PRESETS.get(args.preset, {}) | {"tasks": "world:"}  # trained on nothing that is here
+        config = Config.load(saved) if saved.exists() else Config(**published)
+        config = on_this_machine(replace(config, device="auto"))
+    given = {name: getattr(args, name) for name in ("terminals", "temperature", "max_turns")}
+    if args.backend == "docker" and args.terminals is None:
+        given["terminals"] = 4
+    given = {name: value for name, value in given.items() if value is not None}
+    return replace(config, backend=args.backend, **given), folder
+
+
+def load(args: Namespace, config: Config) -> tuple[list[Task], list[int]]:
+    """-> tasks, and which of them to play: of a folder not those that the policy was trained on."""
+    if args.tasks.startswith("world:"):
+        tasks, trained = load_tasks(args.tasks, args.allow_network, config.seed).held_out, []
+    else:
+        tasks, trained = harbor_tasks(Path(args.tasks), args.allow_network), []
+        if Path(config.tasks).is_dir():
+            world = load_tasks(config.tasks, config.allow_network, config.seed)
+            folders = {task.environment.folder for task in world.train}
+            trained = [i for i, task in enumerate(tasks) if task.environment.folder in folders]
+        elif not config.tasks.startswith("world:"):
+            print(f"what it was trained on is not here ({config.tasks}): plays all tasks")
+    chosen = [i for i in range(len(tasks)) if args.all or i not in trained][: args.limit]
+    if args.all:
+        print(f"plays {len(chosen)} tasks; it was trained on {len(set(trained) & set(chosen))} of them")
+    elif trained:
+        print(f"plays {len(chosen)} held-out tasks, not the {len(trained)} that it was trained on (--all)")
+    if not chosen:
+        raise ValueError(f"{args.tasks}: it was trained on every task; --all plays them")
+    if args.agent == "oracle" and (lacking := [tasks[i].name for i in chosen if not tasks[i].solution]):
+        raise ValueError(f"no solution for an oracle to run: {', '.join(lacking)}")
+    return tasks, chosen
+
+
+def play(model, tokenizer, tasks: list[Task], part: list[tuple], args, config: Config) -> list[tuple]:
+    """An episode of each (task, member) in `part`. -> for each: it, its text, its observations' log-probs."""
+    key = None if part[0][1] == "greedy" else (Noise.SCORING, args.seed)
+    with enough_memory("pass a lower --terminals"):
+        episodes = sample_episodes(model, tokenizer, tasks, args.k, config, key, part)
+        logprobs = observation_logprobs(model, [e.transcript for e in episodes], config)
+    texts = [report.transcript_text(tokenizer, e) for e in episodes]
+    return list(zip(episodes, texts, logprobs, strict=True))
+
+
+def script(tasks: list[Task], part: list[tuple], args, config: Config) -> list[tuple]:
+    """As `play`, with the tasks' own solutions, or nothing, instead of a policy."""
+    with ThreadPoolExecutor(config.terminals) as pool:
+        return list(pool.map(lambda row: (*scripted(args.agent, tasks[row[0]], config.backend), {}), part))
 
 
 def scripted(agent: str, task: Task, backend: str) -> tuple[Episode, str]:
@@ -48,163 +168,74 @@ def scripted(agent: str, task: Task, backend: str) -> tuple[Episode, str]:
     return episode, said
 
 
-def cli(argv: list[str] | None = None) -> None:
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    parser.add_argument("checkpoint", type=Path, nargs="?", help="or an arm's folder: its newest")
-    parser.add_argument("--preset", choices=PRESETS, help="settings for a model that train.py did not write")
-    parser.add_argument("--agent", choices=["policy", "oracle", "noop"], default="policy", help="[policy]")
-    parser.add_argument("--tasks", default="world:tool", help="world:NAME (held out), or a folder of tasks")
-    parser.add_argument("--backend", choices=["sandbox", "docker"], default="sandbox", help="[sandbox]")
-    parser.add_argument("--allow_network", action="store_true", help="for tasks that ask for a network")
-    parser.add_argument("-k", type=int, default=1, help="sampled rollouts per task")
-    parser.add_argument("--limit", type=int, default=200, help="tasks at most")
-    parser.add_argument("--terminals", type=int, help="in use at one time [as trained; 4 for docker]")
-    parser.add_argument("--max_turns", type=int, help="commands per episode [as trained]")
-    parser.add_argument("--temperature", type=float, help="sampling temperature [as trained]")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder for trials and transcripts; a second run goes on")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N transcripts in colour")
-    args = parser.parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError, RunEnded, KeyboardInterrupt) as error:
-        sys.exit(f"eval.py: {str(error) or 'interrupted'}")
+def trial(e: Episode, member: int | str, nats: float) -> Trial:
+    reward, count = None if isnan(e.reward) else e.reward, e.transcript.count
+    tokens = count(Role.ACTION), count(Role.OBSERVATION)
+    return Trial(e.task.name, member, reward, str(e.stop), e.turns, *tokens, nats, e.seconds, e.error)
 
 
-def run(args: argparse.Namespace) -> None:
-    if min(args.k, args.limit) < 1:
-        raise ValueError("-k and --limit must be at least 1")
-    if (args.agent == "policy") != (args.checkpoint is not None):
-        raise ValueError("name a checkpoint, or pass --agent oracle or noop, which take none")
-    world = args.tasks.startswith("world:")
-    if world:
-        tasks = load_world(args.tasks.removeprefix("world:")).held_out[: args.limit]
-    else:
-        tasks = harbor_tasks(Path(args.tasks), args.allow_network)[: args.limit]
-    if args.agent == "oracle" and (lacking := [task.name for task in tasks if not task.solution]):
-        raise ValueError(f"no solution for an oracle to run: {', '.join(lacking)}")
-    config = Config()
-    if args.agent == "policy":
-        folder = found[1] if (found := checkpoint.latest(args.checkpoint)) else args.checkpoint
-        saved = folder / "echo_min.json"
-        if saved.exists() and args.preset:
-            raise ValueError(f"{folder} has settings of its own: remove --preset")
-        if saved.exists():
-            config = Config.load(saved)
-        elif args.preset:
-            config = Config(**PRESETS[args.preset])
-        else:
-            lacks = f"{folder}: no echo_min.json says how to prompt it and what fits its context"
-            raise ValueError(f"{lacks}; pass --preset, one of {', '.join(PRESETS)}")
-        config = on_this_machine(replace(config, device="auto"))
-        model, tokenizer = checkpoint.load_policy(folder, config.device, config.dtype)
-    given = {name: getattr(args, name) for name in ("temperature", "max_turns", "terminals")}
-    if args.backend == "docker" and args.terminals is None:
-        given["terminals"] = 4
-    config = replace(config, backend=args.backend, **{k: v for k, v in given.items() if v is not None})
+def kept_trials(args: Namespace, config: Config, checkpoint_folder: Path | None) -> list[Trial]:
+    """What --out holds of an interrupted evaluation, without the trials in which the infrastructure failed.
 
-    settings = {name: str(getattr(args, name)) for name in ("agent", "tasks", "allow_network", "seed")}
-    settings |= {"checkpoint": str(folder)} if args.agent == "policy" else {}
-    counted = "backend temperature max_turns harness context max_action_tokens output_chars dtype".split()
-    settings |= {name: getattr(config, name) for name in counted}
-    trials, shown = kept_trials(args.out, settings), []
-    have = {(record["task"], record["member"]) for record in trials}
-    members = [*range(args.k), *(["greedy"] if args.agent == "policy" and world else [])]
-    rows = [(i, m) for m in members for i in range(len(tasks)) if (tasks[i].name, m) not in have]
-    with tqdm(total=len(rows), desc=args.agent, disable=None, unit="trial") as bar:
-        while rows:
-            key = None if rows[0][1] == "greedy" else (Noise.SCORING, args.seed)
-            part = [row for row in rows if (row[1] == "greedy") == (key is None)][: config.terminals]
-            if args.agent == "policy":
-                with enough_memory("pass a lower --terminals"):
-                    episodes = sample_episodes(model, tokenizer, tasks, args.k, config, key, part)
-                    logps = observation_logprobs(model, [e.transcript for e in episodes], config)
-                texts = [report.transcript_text(tokenizer, e) for e in episodes]
-                for e, row in list(zip(episodes, logps, strict=True))[: max(0, args.show - len(shown))]:
-                    shown.append((e, report.tokens_with_surprise(tokenizer, e.transcript, row)))
-            else:
-                with ThreadPoolExecutor(config.terminals) as pool:
-                    ended = pool.map(lambda row: scripted(args.agent, tasks[row[0]], config.backend), part)
-                episodes, texts = zip(*ended, strict=True)
-                logps = [{} for _ in episodes]
-            for (_, member), e, row, text in zip(part, episodes, logps, texts, strict=True):
-                trials.append(trial(e, member, -sum(row.values())))
-                if args.out:
-                    path = args.out / "transcripts" / f"{e.task.name}-{member}.txt"
-                    path.parent.mkdir(exist_ok=True)
-                    path.write_text(report.printable(text))
-                    report.log(args.out / "trials.jsonl", trials[-1])
-            rows = rows[len(part) :]
-            bar.update(len(part))
-    summarise(trials, args.k)
-    for episode, tokens in shown:
-        print(f"\n--- {episode.task.name}: reward {episode.reward:g}, {episode.stop}\n{report.ansi(tokens)}")
-
-
-def trial(e: Episode, member: int | str, nats: float) -> dict:
-    """A line of trials.jsonl. reward: null where the infrastructure failed. seconds: in the terminal."""
-    return {
-        "task": e.task.name,
-        "member": member,
-        "reward": None if isnan(e.reward) else e.reward,
-        "stop": str(e.stop),
-        "turns": e.turns,
-        "action_tokens": e.transcript.count(Role.ACTION),
-        "observation_tokens": e.transcript.count(Role.OBSERVATION),
-        "observation_nats": nats,
-        "seconds": e.seconds,
-        "error": e.error,
-    }
-
-
-def kept_trials(folder: Path | None, settings: dict) -> list[dict]:
-    """The trials of an interrupted evaluation, without those in which the infrastructure failed.
-
-    Raises ValueError if the folder holds another evaluation.
+    Raises ValueError if it holds another evaluation, or a file that can't be read.
     """
-    if folder is None:
-        return []
-    path, trials = folder / "settings.json", folder / "trials.jsonl"
-    if path.exists() and (old := json.loads(path.read_text())) != settings:
-        changed = [name for name in settings | old if old.get(name) != settings.get(name)]
-        raise ValueError(f"{folder} holds an evaluation with another {', '.join(changed)}: pass a new --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1) + "\n")
-    checkpoint.truncate_metrics(trials, lambda record: record["reward"] is not None)
-    return report.read(trials)
+    now = {name: str(getattr(args, name)) for name in ("agent", "tasks", "allow_network", "seed")}
+    now |= {"checkpoint": str(checkpoint_folder)} if checkpoint_folder else {}
+    counted = "backend temperature max_turns harness context max_action_tokens output_chars dtype".split()
+    now |= {name: getattr(config, name) for name in counted}
+    path, trials = args.out / "settings.json", args.out / "trials.jsonl"
+    try:
+        old = dict(json.loads(path.read_bytes())) if path.exists() else now
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not the settings of an evaluation ({error}): pass a new --out") from None
+    if changed := [name for name in now | old if old.get(name) != now.get(name)]:
+        raise ValueError(f"{path}: an evaluation with another {', '.join(changed)}: pass a new --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(now, indent=1) + "\n")
+    path.with_suffix(".tmp").replace(path)
+    try:
+        checkpoint.truncate_metrics(trials, lambda record: Trial(**record).reward is not None)
+    except TypeError as error:
+        raise ValueError(f"{trials}: a line is no trial ({error}): pass a new --out") from None
+    return [Trial(**record) for record in report.read(trials)]
 
 
-def summarise(trials: list[dict], k: int) -> None:
-    """Print what was measured. Passed is a reward of 1; infrastructure errors are in no rate."""
-    valid = [t for t in trials if t["reward"] is not None]
-    if failed := [t for t in trials if t["reward"] is None]:
-        print(f"infra errors     {len(failed)} of {len(trials)} trials, in no rate: {failed[0]['error']}")
-    if not valid:
-        raise RunEnded("no trial could be graded; the reason stands above")
-    by_task: dict[str, list[float]] = {}
-    for t in valid:
-        if t["member"] != "greedy":
-            by_task.setdefault(t["task"], []).append(t["reward"])
-    mean, half = report.mean_interval([sum(r) / len(r) for r in by_task.values()])
-    print(f"pass@1 sampled   {mean:.3f} +- {half:.3f}   ({len(by_task)} tasks x {k})")
-    best = [max(rewards) for rewards in by_task.values() if len(rewards) == k > 1]
-    greedy = [t["reward"] for t in valid if t["member"] == "greedy"]
-    for name, rewards in ((f"pass@{k} sampled", best), ("pass@1 greedy", greedy)):
-        if not rewards:
-            continue
-        passed = sum(reward >= 1 for reward in rewards)
-        low, high = report.wilson_interval(passed, len(rewards))
-        print(f"{name:16} {passed / len(rewards):.3f} [{low:.3f}, {high:.3f}]")
-    sampled = [t for t in trials if t["member"] != "greedy"]
-    n = len(sampled)
-    stops = (f"{reason} {sum(t['stop'] == reason for t in sampled) / n:.1%}" for reason in StopReason)
-    print(f"stops            {', '.join(stops)}")
-    for name in ("turns", "action_tokens", "observation_tokens", "seconds"):
-        print(f"{name.replace('_', ' '):18} {sum(t[name] for t in sampled) / n:.2f}")
-    if tokens := sum(t["observation_tokens"] for t in sampled):
-        ce = sum(t["observation_nats"] for t in sampled) / tokens
-        print(f"observation CE   {ce:.3f} nats/token (own episodes)")
+def summary(trials: list[Trial], k: int, tasks: int) -> list[str]:
+    """What was measured, a line each. tasks: how many were to be played."""
+    sampled = [t for t in trials if t.member != "greedy"]
+    graded = [t for t in sampled if t.reward is not None]
+    greedy = [t for t in trials if t.member == "greedy" and t.reward is not None]
+    rows = {}
+    if errors := [t.error for t in trials if t.reward is None]:
+        rows["infra errors"] = f"{len(errors)} of {len(trials)} trials, in no rate: {errors[0]}"
+    if not graded:
+        raise RunEnded(f"no trial could be graded: {errors[0]}")
+    rows["pass@1 sampled"] = pass_rate(graded, 1, tasks)
+    rows[f"pass@{k} sampled"] = pass_rate(graded, k, tasks)
+    if greedy:
+        rows["pass@1 greedy"] = pass_rate(greedy, 1, tasks)
+    stops = (f"{reason} {sum(t.stop == reason for t in sampled) / len(sampled):.1%}" for reason in StopReason)
+    rows["stops"] = ", ".join(stops)
+    for name in ("reward", "turns", "action_tokens", "observation_tokens", "seconds"):
+        rows[f"mean {name.replace('_', ' ')}"] = f"{fmean(getattr(t, name) for t in graded):.3f}"
+    if tokens := sum(t.observation_tokens for t in graded):
+        nats = sum(t.observation_nats for t in graded)
+        rows["observation CE"] = f"{nats / tokens:.3f} nats/token (own episodes)"
+    return [f"{name:25}{text}" for name, text in rows.items()]
+
+
+def pass_rate(graded: list[Trial], k: int, tasks: int) -> str:
+    """pass@k of the tasks with at least k graded trials. Passed is a reward of at least 1."""
+    rewards: dict[str, list[float]] = {}
+    for t in graded:
+        rewards.setdefault(t.task, []).append(t.reward)
+    enough = [own for own in rewards.values() if len(own) >= k]
+    over = f"over {len(enough)} of {tasks} tasks, {sum(map(len, enough))} trials"
+    if not enough:
+        return over
+    rates = [report.pass_at_k(sum(reward >= 1 for reward in own), len(own), k) for own in enough]
+    mean, low, high = report.rate_interval(rates, sum(len(own) // k for own in enough))
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}] {over}"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from echo_min import checkpoint, report
+from echo_min import checkpoint, page, report
 from echo_min.batch import Batch, make_batch
 from echo_min.config import Config, RunEnded
 from echo_min.echo import echo_loss, predictable
@@ -67,9 +67,7 @@ def pick_tasks(tasks: list[Task], step: int, config: Config) -> list[Task]:
 def update(model, optimizer, batch: Batch, arm: str, step: int, config: Config) -> dict:
     """One optimizer step on a batch. -> metrics. Raises RunEnded if a loss is not finite."""
     env_weight = 0.0 if arm == "grpo" else config.env_weight  # lambda
-    true = batch.targets is batch.ids  # else a control's: a CE on them says nothing of the terminal
-    ce = "observation_ce" if true else "control_ce"
-    names = "policy_loss", "env_loss", ce, "mismatch", "ratio", "trivial_failures"
+    names = "policy_loss", "env_loss", "observation_ce", "mismatch", "ratio", "trivial_failures"
     metrics = dict.fromkeys(names, 0.0)
     all_actions = max(int(batch.action_mask.sum()), 1)
     all_observations = max(int(batch.observation_mask.sum()), 1)
@@ -91,15 +89,13 @@ def update(model, optimizer, batch: Batch, arm: str, step: int, config: Config) 
         known = predictable(observation_logprobs, observations) & (part.rewards == 0)
         metrics["policy_loss"] += policy_loss.item()
         metrics["env_loss"] += env_loss.item()
-        metrics[ce] -= observation_logprobs.sum().item() / all_observations
+        metrics["observation_ce"] -= observation_logprobs.sum().item() / all_observations
         metrics["mismatch"] += change.abs().sum().item() / all_actions
         metrics["ratio"] += change.exp().sum().item() / all_actions
         metrics["trivial_failures"] += known.sum().item() / len(batch)
     metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
     if not torch.tensor(list(metrics.values())).isfinite().all():
         raise RunEnded(f"step {step}: a loss or gradient is not finite: {metrics}")
-    if not true:
-        del metrics["trivial_failures"]
     warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     optimizer_step(optimizer, config.learning_rate * warm, seed=config.seed * 1_000_003 + step)
     return metrics | {"learning_share": (batch.advantages != 0).float().mean().item()}
@@ -118,6 +114,9 @@ def train_step(model, optimizer, tokenizer, world: World, arm: str, step: int, c
         valid = [episode for episode in episodes if episode.valid]
         batch = control(batch, Context(valid, model, tokenizer, step, config, world.telling, metrics))
     metrics |= update(model, optimizer, batch, arm, step, config)
+    if batch.targets is not batch.ids:  # a control's: what is said of them says nothing of the terminal
+        metrics["control_ce"] = metrics.pop("observation_ce")
+        del metrics["trivial_failures"]
     ended = time.perf_counter()
     return episodes, metrics | {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
 
@@ -131,6 +130,7 @@ def train_arm(arm: str, config: Config, world: World, folder: Path, interrupted,
     with report.metrics_log(folder / "metrics.jsonl", arm, config) as log:
         if done is None:  # nothing is saved yet
             log(0, examination.results(0))
+            page.add(folder, arm, 0, examination.point)
             checkpoint.save(folder / arm, done := 0, model, tokenizer, optimizer, config)
         for step in (bar := tqdm(range(done, config.steps), desc=arm, unit="step", initial=done)):
             episodes, metrics = train_step(model, optimizer, tokenizer, world, arm, step, config, control)
@@ -138,6 +138,7 @@ def train_arm(arm: str, config: Config, world: World, folder: Path, interrupted,
             last = step + 1 == config.steps
             if last or (step + 1) % config.eval_every == 0:
                 log(step + 1, examination.results(step + 1))
+                page.add(folder, arm, step + 1, examination.point)
                 path = folder / "transcripts" / f"{arm}-{step + 1:06d}.txt"
                 report.write_transcripts(path, tokenizer, episodes[:8])
             if last or (step + 1) % config.save_every == 0 or interrupted.is_set():
@@ -165,7 +166,7 @@ def main(config: Config, folder: Path, interrupted: threading.Event | None = Non
         for arm in config.arms.split(","):
             train_arm(arm, config, world, folder, interrupted or threading.Event(), control)
         report.draw_curves(report.read(folder / "metrics.jsonl"), folder / "curves.png")
-    print(f"{folder}: curves.png, metrics.jsonl, transcripts/ and a checkpoint of each arm")
+    print(f"{folder}: index.html, curves.png, metrics.jsonl, transcripts/ and a checkpoint of each arm")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The command line of train.py: settings as flags, Ctrl-C, and every error as one line. Imports no torch, so
+"""The command lines. train.py: settings as flags, Ctrl-C, and every error as one line. Imports no torch, so
 that `--help` and a wrong flag answer at once."""
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -19,28 +20,27 @@ ABOUT = "GRPO and ECHO on terminal tasks: a base policy, every arm from it, one 
 def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
     """-> (settings, run folder). A wrong flag or value ends the program with one clear line."""
     usage = "train.py [--preset NAME | --resume RUN] [--SETTING VALUE ...]   (--help lists them)"
-    parser = argparse.ArgumentParser("train.py", usage, ABOUT, allow_abbrev=False)
-    first = PRESETS["tiny"]
+    unset = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser("train.py", usage, ABOUT, **unset)
     parser.add_argument("--preset", choices=PRESETS, help="where the settings below start [tiny]")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on after its last saved step; with"
-                        " --steps N, to another last step")  # fmt: skip
+    resume = "go on after the last saved step of this run folder; with --steps N, to another last step"
+    parser.add_argument("--resume", type=Path, metavar="RUN", help=resume)
     for f in fields(Config):
         kind = boolean if f.type is bool else f.type
-        help = f"{f.metadata['help']} [{first.get(f.name, f.default)}]".replace("%", "%%")
-        options = {"type": kind, "metavar": kind.__name__, "default": argparse.SUPPRESS, "help": help}
-        parser.add_argument(f"--{f.name}", **options)
+        default = PRESETS["tiny"].get(f.name, f.default)
+        help = f"{f.metadata['help']} [{default}]".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", type=kind, metavar=kind.__name__, help=help)
     given = vars(parser.parse_args(argv))
-    resume, preset = given.pop("resume"), given.pop("preset")
     try:
-        if resume is None:
-            config = Config(**PRESETS[preset or "tiny"] | given)
+        if "resume" not in given:
+            config = Config(**PRESETS[given.pop("preset", "tiny")] | given)
             return config, config.folder
-        given |= {"preset": preset} if preset else {}
-        if given.keys() - {"steps"}:
-            raise ValueError(f"--resume takes its settings from the run; remove --{' --'.join(given)}")
-        if not (resume / "config.json").is_file():
-            raise ValueError(f"--resume: {resume} holds no config.json; it is not a run folder")
-        return replace(Config.load(resume / "config.json"), **given), resume
+        folder = given.pop("resume")
+        if others := given.keys() - {"steps"}:
+            raise ValueError(f"--resume takes its settings from the run; remove --{' --'.join(others)}")
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"--resume: {folder} holds no config.json; it is not a run folder")
+        return replace(Config.load(folder / "config.json"), **given), folder
     except ValueError as error:
         parser.error(str(error))
 
@@ -57,27 +57,57 @@ def run(main: Callable[[Config, Path, threading.Event], None], config: Config, f
         with interruptible() as interrupted:
             main(config, folder, interrupted)
     except (ValueError, OSError, RunEnded, KeyboardInterrupt) as error:
-        saved = any(folder.glob("*/step-*")) or (folder / "base").exists()
-        saved |= isinstance(error, RunEnded) and (folder / "config.json").exists()  # to be edited
-        script = "figures/controls.py" if config.control else "train.py"
-        hint = f"\nWhat is saved stays: python {script} --resume {folder}" if saved else ""
-        sys.exit(f"train.py: {str(error) or 'interrupted'}{hint}")
+        problem = " ".join(str(error).split()) or "interrupted"
+        if (folder / "config.json").exists() and not isinstance(error, ValueError):  # nothing to mend first
+            script = "figures/controls.py" if config.control else "train.py"
+            problem += f"; what is saved stays: python {script} --resume {folder}"
+        sys.exit(f"train.py: {problem}")
 
 
 @contextmanager
 def interruptible():
     """-> an event that the first Ctrl-C or SIGTERM sets; a second one raises KeyboardInterrupt."""
-    interrupted, signals = threading.Event(), (signal.SIGINT, signal.SIGTERM)
+    interrupted = threading.Event()
 
     def on_signal(*_) -> None:
         if interrupted.is_set():
             raise KeyboardInterrupt
         interrupted.set()
-        print("\nends after this step; once more ends now", file=sys.stderr)
+        os.write(2, b"\nends after this step; once more ends now\n")  # print may be at work
 
-    before = [signal.signal(number, on_signal) for number in signals]
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupted
     finally:
-        for number, handler in zip(signals, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def eval_args(about: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line of eval.py. A wrong flag ends the program with one clear line."""
+    usage = "eval.py [CHECKPOINT | --agent AGENT] [--tasks TASKS] [-k K] ...   (--help lists them all)"
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("eval.py", usage, about, formatter_class=plain, allow_abbrev=False)
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="or an arm's folder: its newest")
+    parser.add_argument("--preset", choices=PRESETS, help="settings for a model that train.py did not write")
+    parser.add_argument("--agent", choices=["policy", "oracle", "noop"], default="policy", help="[policy]")
+    parser.add_argument("--tasks", default="world:tool", help="world:NAME (held out), or a folder of tasks")
+    parser.add_argument("--all", action="store_true", help="of a folder also tasks that were trained on")
+    parser.add_argument("--backend", choices=["sandbox", "docker"], default="sandbox", help="[sandbox]")
+    parser.add_argument("--allow_network", action="store_true", help="for tasks that ask for a network")
+    parser.add_argument("-k", type=int, default=1, help="sampled rollouts per task [1]")
+    parser.add_argument("--limit", type=int, default=200, help="tasks at most [200]")
+    parser.add_argument("--terminals", type=int, help="in use at one time [as trained; 4 for docker]")
+    parser.add_argument("--max_turns", type=int, help="commands per episode [as trained]")
+    parser.add_argument("--temperature", type=float, help="sampling temperature [as trained]")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling [0]")
+    parser.add_argument("--out", type=Path, help="folder for trials and transcripts; a second run goes on")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N transcripts in colour [0]")
+    args = parser.parse_args(argv)
+    if min(args.k, args.limit) < 1:
+        parser.error("-k and --limit must be at least 1")
+    if (args.agent == "policy") != (args.checkpoint is not None):
+        parser.error("name a checkpoint, or pass --agent oracle or noop, which take none")
+    if args.all and args.tasks.startswith("world:"):
+        parser.error("--all is for a folder of tasks; of a world only held-out ones are played")
+    return args

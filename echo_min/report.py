@@ -1,13 +1,14 @@
 """What a run leaves to look at: metrics.jsonl, a progress bar, curves.png, transcripts in text and colour."""
 
 import json
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from math import comb
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
 
 from tqdm import tqdm
 
@@ -19,19 +20,23 @@ COLOURS = {"grpo": "#777777", "echo": "#d1495b"}
 
 
 def log(path: Path, record: dict) -> None:
-    """Append one JSON line; floats keep six digits."""
+    """Append one JSON line, at once on disk; floats keep six digits."""
     record = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
     with open(path, "a") as file:
         file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # a checkpoint must not outlive the lines of its steps
 
 
 def tracker_package(config: Config):
-    """trackio or wandb, whose calls are the same, or None. Raises ValueError if it is not installed."""
+    """trackio or wandb, whose calls are the same, or None. Raises ValueError if it can't be had."""
     if config.tracker == "none":
         return None
     try:
         package = import_module(config.tracker)
-    except ImportError:
+    except Exception as error:  # of another's code
+        if not isinstance(error, ModuleNotFoundError) or error.name != config.tracker:
+            raise ValueError(f"tracker: {config.tracker} can't be imported: {error!r}") from error
         package = None
     if not hasattr(package, "init"):  # what is there may be a folder of its logs
         raise ValueError(f"tracker: pip install {config.tracker}; it is not here")
@@ -41,31 +46,28 @@ def tracker_package(config: Config):
 @contextmanager
 def metrics_log(path: Path, arm: str, config: Config):
     """-> log(step, record): a line of metrics.jsonl, its numbers to the tracker, an alarm if there is one."""
-    package, runs = tracker_package(config), []
+    package, options = tracker_package(config), {"name": f"{config.name}-{arm}", "config": asdict(config)}
+    try:
+        run = package and package.init(project="echo_min", **options)
+    except Exception as error:  # of another's network, account or disk
+        raise RunEnded(f"tracker: {config.tracker} does not start: {error}") from None
     history = [r for r in read(path) if r.get("arm") == arm and "reward" in r]
 
-    def write(step: int, record: dict) -> None:
-        record = {"arm": arm, "step": step, **record}
+    def write(step: int, numbers: dict) -> None:
+        record = {"arm": arm, "step": step, **numbers}
         if "reward" in record:
             history.append(record)
             if alarm := collapse_alarm(history):
                 record["alarm"] = alarm
                 tqdm.write(f"warning, {arm}, step {step}: {alarm}", file=sys.stderr)
         log(path, record)
-        if package and not runs:
-            options = {"project": "echo_min", "name": f"{config.name}-{arm}", "config": asdict(config)}
-            try:
-                runs.append(package.init(**options))
-            except Exception as error:  # of another's network, account or disk
-                raise RunEnded(f"tracker: {config.tracker} does not start: {error}") from None
-        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
-        for run in runs:
-            run.log(numbers, step=step)
+        if run:
+            run.log({k: v for k, v in numbers.items() if isinstance(v, int | float)}, step=step)
 
     try:
         yield write
     finally:
-        for run in runs:
+        if run:
             run.finish()
 
 
@@ -73,23 +75,24 @@ def progress(metrics: dict, results: dict, episodes: int) -> str:
     """Of the bar: what the step and the last evaluation gave."""
     speed = episodes / (metrics["rollout_seconds"] + metrics["update_seconds"])
     ce = metrics.get("observation_ce", metrics.get("control_ce", 0))
-    return (
-        f"pass {results.get('pass_rate', 0):.2f}, reward {metrics['reward']:.2f}, "
-        f"CE {ce:.2f}, {speed:.0f} rollouts/s"
-    )
+    shown = f"pass {results.get('pass_rate', 0):.2f}, reward {metrics['reward']:.2f}"
+    return f"{shown}, CE {ce:.2f}, {speed:.0f} rollouts/s"
 
 
 def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def student(n: int) -> float:
+    """Standard errors from the mean of n > 1 values to the end of its 95 % interval: Student's t."""
+    few = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
+    return few[n - 2] if n - 2 < len(few) else 1.96 + 2.5 / (n - 1)
+
+
 def mean_interval(values: list[float]) -> tuple[float, float]:
-    """-> (mean, half-width of its 95 % interval, Student's t). One value has no interval: (value, nan)."""
-    t95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+    """-> (mean, half-width of its 95 % interval). One value has no interval: (value, nan)."""
     n = len(values)
-    if n == 1:
-        return values[0], float("nan")
-    return fmean(values), t95.get(n - 1, 1.96 + 2.5 / (n - 1)) * stdev(values) / n**0.5
+    return fmean(values), student(n) * stdev(values) / n**0.5 if n > 1 else float("nan")
 
 
 def pass_at_k(passed: int, trials: int, k: int) -> float:
@@ -97,39 +100,41 @@ def pass_at_k(passed: int, trials: int, k: int) -> float:
     return 1 - comb(trials - passed, k) / comb(trials, k)
 
 
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """95 % interval of a pass rate from n independent trials (Wilson score)."""
-    z, p = 1.96, successes / n
-    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+def rate_interval(rates: list[float], draws: int) -> tuple[float, float, float]:
+    """-> (mean, low, high): the mean over tasks of a rate in [0, 1], and its 95 % interval over tasks.
+
+    Wilson's, in [0, 1] and of some width even where all pass, of as many trials as would vary like these
+    tasks: at least one a task, at most `draws`, the independent ones behind the rates. One task says nothing.
+    """
+    n, mean = len(rates), fmean(rates)
+    if n == 1:
+        return mean, 0.0, 1.0
+    alike = n if mean in (0, 1) else draws  # all passed, or none: no sign that tasks do not differ
+    trials = min(max(n * mean * (1 - mean) / spread, n), draws) if (spread := variance(rates)) else alike
+    z2 = student(n) ** 2 / trials
+    half = (z2 * mean * (1 - mean) + z2 * z2 / 4) ** 0.5
+    low, high = ((mean + z2 / 2 + sign * half) / (1 + z2) for sign in (-1, 1))
+    return mean, max(low, 0.0), min(high, 1.0)
 
 
 def draw_curves(records: list[dict], path: Path) -> None:
-    """Pass rate on held-out tasks and observation CE over steps, one line an arm."""
-    import matplotlib  # takes a second to load, and only the end of a run draws
+    """Each arm's pass rates and observation CE at the evaluations."""
+    from matplotlib.figure import Figure  # takes a second to load, and only the end of a run draws
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
-    arms = list(dict.fromkeys(r["arm"] for r in records))
-    for arm in arms:
-        evals = [r for r in records if r["arm"] == arm and "pass_rate" in r]
-        steps = [r["step"] for r in evals]
-        colour = COLOURS[arm]
-        axes[0].plot(steps, [r["pass_rate"] for r in evals], color=colour, label=f"{arm}, sampled")
-        axes[0].plot(
-            steps, [r["pass_rate_greedy"] for r in evals], color=colour, ls=":", label=f"{arm}, greedy"
-        )
-        axes[1].plot(steps, [r["expert_ce"] for r in evals], color=colour, label=arm)
-    axes[0].set(xlabel="step", ylabel="pass rate, held-out tasks", ylim=(0, 1.02))
-    axes[1].set(xlabel="step", ylabel="expert's observation CE (nats/token)", ylim=(0, None))
-    for ax in axes:
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=8)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.set(xlabel="step", title="held-out tasks", ylim=(0, 1.02))
+    right.set(xlabel="step", title="the expert's observations, nats/token")
+    lines = (left, "pass_rate", "-"), (left, "pass_rate_greedy", ":"), (right, "expert_ce", "-")
+    for arm in dict.fromkeys(r["arm"] for r in records):
+        points = [r for r in records if r["arm"] == arm and "pass_rate" in r]
+        for ax, key, line in lines:
+            values = [r[key] for r in points]
+            ax.plot([r["step"] for r in points], values, line, color=COLOURS[arm], label=f"{arm} {key}")
+    for ax in (left, right):
+        ax.set_ylim(bottom=0)
+        ax.legend()
+    figure.savefig(path, dpi=150)
 
 
 def collapse_alarm(history: list[dict], window: int = 20) -> str | None:
@@ -138,16 +143,17 @@ def collapse_alarm(history: list[dict], window: int = 20) -> str | None:
     (paper, section 4)."""
     if len(history) < 2 * window:
         return None
-    before, now = history[-2 * window : -window], history[-window:]
-    if any("observation_ce" not in r for r in before + now):  # a control's run: not what the terminal wrote
+    if any("observation_ce" not in r for r in history[-2 * window :]):  # a control's run
         return None
 
-    def means(key: str) -> tuple[float, float]:
-        return fmean(r[key] for r in before), fmean(r[key] for r in now)
+    def change(key: str) -> tuple[float, float]:
+        """-> its means over the window before and the last one."""
+        values = [r[key] for r in history[-2 * window :]]
+        return fmean(values[:window]), fmean(values[window:])
 
-    fell = all(new < 2 / 3 * old for old, new in map(means, ("observation_ce", "command_diversity")))
-    old, new = means("reward")
-    if fell and new <= old:
+    fell = all(now < 2 / 3 * old for old, now in map(change, ("observation_ce", "command_diversity")))
+    old, now = change("reward")
+    if fell and now <= old:
         return "observation CE and command diversity fall together while reward does not rise: collapse?"
 
 
@@ -158,11 +164,9 @@ def printable(text: str) -> str:
 
 def tokens_with_surprise(tokenizer, transcript: Transcript, logprobs: dict[int, float]) -> list[Token]:
     """logprobs: position -> nats. A character split over several tokens shows as one mark a token."""
-    texts = [printable(tokenizer.decode([i])) for i in transcript.ids]
-    return [
-        (text, Role(role), -logprobs.get(t, 0.0))
-        for t, (text, role) in enumerate(zip(texts, transcript.roles, strict=True))
-    ]
+    written = enumerate(zip(transcript.ids, transcript.roles, strict=True))
+    nats = [round(0.0 - logprobs.get(t, 0.0), 3) for t in range(len(transcript))]
+    return [(printable(tokenizer.decode([i])), Role(role), nats[t]) for t, (i, role) in written]
 
 
 def ansi(tokens: list[Token]) -> str:

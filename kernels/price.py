@@ -17,6 +17,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import train
+from echo_min.batch import make_batch
 from echo_min.config import Config
 from echo_min.masking import Role, Transcript
 from echo_min.rollout import Episode, StopReason
@@ -65,9 +66,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = Config(device=device, learning_rate=1e-9, micro_batch_tokens=1 << 20)
     model, episodes = make_model(vocab).to(device), make_episodes(vocab, B, T)
-    blind = without_observations(episodes)
-    arms = {"ECHO": ("echo", episodes), "GRPO": ("grpo", blind)}
-    arms["GRPO that logs observation CE"] = ("grpo", episodes)
+    whole, blind = (make_batch(e, config) for e in (episodes, without_observations(episodes)))
+    arms = {"ECHO": ("echo", whole), "GRPO": ("grpo", blind)}
+    arms["GRPO that logs observation CE"] = ("grpo", whole)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
     times, peaks = {name: [] for name in arms}, {}
     for measured in range(-1, args.rounds):  # the first round only warms up

@@ -14,6 +14,7 @@ from echo_min import checkpoint
 from echo_min.config import Config, RunEnded
 from echo_min.rollout import StopReason
 from echo_min.terminals import docker_engine
+from echo_min.worlds.harbor import harbor_tasks
 
 SMALL = Config(
     name="docker", arms="echo", device="cpu", base_demonstrations=3, base_steps=60, base_batch=4, steps=1,
@@ -69,8 +70,8 @@ def test_eval_goes_on_where_it_ended(finished, tmp_path, capsys, monkeypatch):
     flags += ["--out", str(out)]
     eval.cli(flags)
     said = capsys.readouterr().out
-    assert "infra errors     2 of 4 trials" in said and "left no reward" in said
-    assert "pass@1 sampled   1.000" in said and "pass@2 sampled   1.000 [0.207, 1.000]" in said
+    assert "infra errors             2 of 4 trials" in said and "left no reward" in said
+    assert "pass@2 sampled           1.000 [0.000, 1.000] over 1 of 2 tasks, 2 trials" in said
     lines = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
     assert [line["reward"] for line in lines].count(None) == 2 and len(lines) == 4
     assert all(line["stop"] == StopReason.INFRA_ERROR for line in lines if line["task"] == "broken")
@@ -85,10 +86,29 @@ def test_eval_goes_on_where_it_ended(finished, tmp_path, capsys, monkeypatch):
     eval.cli(flags)
     assert sorted(played) == [(0, 0), (0, 1)]  # of the task that failed, and no other
     said = capsys.readouterr().out
-    assert "infra errors" not in said and "pass@1 sampled   0.500" in said
+    assert "infra errors" not in said and "pass@1 sampled           0.500" in said
 
     with pytest.raises(SystemExit, match="another seed: pass a new --out"):
         eval.cli([*flags, "--seed", "3"])
+
+
+def test_eval_plays_what_the_policy_was_not_trained_on(finished, tmp_path, capsys):
+    flags = [str(finished / "echo"), "--tasks", str(EXAMPLES), "--backend", "docker", "--out", str(tmp_path)]
+    names = [task.name for task in harbor_tasks(EXAMPLES)]
+
+    def played():
+        lines = (tmp_path / "trials.jsonl").read_text().splitlines()
+        return [json.loads(line)["task"] for line in lines]
+
+    eval.cli(flags)
+    assert played() == [names[0], names[5]]
+    said = capsys.readouterr().out
+    assert said.startswith("plays 2 held-out tasks, not the 6 that it was trained on")
+    assert "over 2 of 2 tasks, 2 trials" in said
+    eval.cli([*flags, "--all", "--limit", "3"])
+    assert played() == [names[0], names[5], *names[1:3]]
+    said = capsys.readouterr().out
+    assert "plays 3 tasks; it was trained on 2 of them" in said and "over 3 of 3 tasks, 3 trials" in said
 
 
 def test_eval_with_an_oracle_and_without(tmp_path, capsys):
@@ -102,7 +122,7 @@ def test_eval_with_an_oracle_and_without(tmp_path, capsys):
     (tmp_path / "set/one/solution/data").write_text("x")
     for agent, passed in (("oracle", "1.000"), ("noop", "0.000")):
         eval.cli([*flags, "--agent", agent])
-        assert f"pass@1 sampled   {passed}" in capsys.readouterr().out
+        assert f"pass@1 sampled           {passed}" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--backend docker"):
         eval.cli(["--tasks", str(tmp_path / "set"), "--agent", "noop"])
 
@@ -111,7 +131,7 @@ def test_generated_tasks_run_in_containers_too(capsys):
     flags = ["--tasks", "world:file", "--backend", "docker", "--limit", "3"]
     for agent, passed in (("oracle", "1.000"), ("noop", "0.000")):
         eval.cli([*flags, "--agent", agent])
-        assert f"pass@1 sampled   {passed}" in capsys.readouterr().out
+        assert f"pass@1 sampled           {passed}" in capsys.readouterr().out
 
 
 def test_a_harbor_task_needs_a_container(tmp_path):

@@ -1,17 +1,68 @@
 """Numbers and text that a person will read."""
 
+from itertools import combinations
+
+import numpy as np
 import pytest
 
 from echo_min import report
 
 
-def test_intervals():
+def test_mean_interval():
     mean, half = report.mean_interval([1.0, 2.0, 3.0])
     assert (mean, half) == (2.0, pytest.approx(4.303 / 3**0.5))
     _, wide = report.mean_interval([float(i % 2) for i in range(11)])
     assert wide == pytest.approx(2.228 * 0.5222 / 11**0.5, rel=0.01)
-    low, high = report.wilson_interval(0, 20)
-    assert low == 0 and high == pytest.approx(0.161, abs=0.001)
+
+
+@pytest.mark.parametrize("k", range(1, 7))
+@pytest.mark.parametrize("passed", range(7))
+def test_pass_at_k_is_the_share_of_k_trials_that_hold_a_passed_one(passed, k):
+    draws = list(combinations([True] * passed + [False] * (6 - passed), k))
+    assert report.pass_at_k(passed, 6, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)
+
+
+def test_rate_interval_at_the_edges_and_between():
+    assert report.rate_interval([1.0], 5) == (1.0, 0.0, 1.0)
+    t2 = 2.365**2  # 7 degrees of freedom
+    assert report.rate_interval([1.0] * 8, 40) == (1.0, pytest.approx(1 / (1 + t2 / 8)), 1.0)
+    assert report.rate_interval([0.0] * 8, 8) == (0.0, 0.0, pytest.approx(t2 / 8 / (1 + t2 / 8)))
+
+    def wilson(p, n):
+        root = (t2 * (p * (1 - p) / n + t2 / (4 * n * n))) ** 0.5
+        return pytest.approx((p, *((p + t2 / (2 * n) + s * root) / (1 + t2 / n) for s in (-1, 1))))
+
+    assert report.rate_interval([0.5] * 8, 32) == wilson(0.5, 32)  # alike: every trial counts
+    assert report.rate_interval([0.0, 1.0] * 4, 32) == wilson(0.5, 8)  # as unlike as can be: every task does
+    assert report.rate_interval([0.0, 0.5, 1.0, 0.5] * 2, 32) == wilson(0.5, 8 * 0.25 / (1 / 7))
+
+
+@pytest.mark.parametrize("tasks, trials", [(8, 1), (8, 5), (16, 1), (16, 5), (89, 1), (89, 5)])
+@pytest.mark.parametrize("concentration", [None, 20, 5, 1], ids="alike beta20 beta5 beta1".split())
+def test_rate_interval_covers(tasks, trials, concentration):
+    """95 % intervals hold the true rate in at least 90 % of 500 evaluations, near the edge, too; difficulties
+    of tasks alike or drawn from a beta distribution."""
+    draw = np.random.default_rng(0)
+    for k, truth in ((1, 0.05), (1, 0.95), (trials, 0.05)):
+        held = 0
+        for _ in range(500):
+            spread = concentration and (truth * concentration, (1 - truth) * concentration)
+            chances = draw.beta(*spread, tasks) if spread else np.full(tasks, truth)
+            passed = draw.binomial(trials, chances)
+            _, low, high = report.rate_interval(
+                [report.pass_at_k(int(c), trials, k) for c in passed], tasks * (trials // k)
+            )
+            assert 0 <= low < high <= 1
+            held += low <= at_least_one(spread, truth, k) <= high
+        assert held >= 450, (k, truth, held)
+
+
+def at_least_one(spread, chance, k):
+    """True pass@k: of chances from beta(*spread), or alike."""
+    if not spread:
+        return 1 - (1 - chance) ** k
+    a, b = spread
+    return 1 - np.prod([(b + i) / (a + b + i) for i in range(k)])
 
 
 def line(ce, diversity, reward):

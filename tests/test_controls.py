@@ -14,13 +14,14 @@ sys.path.insert(0, str(ROOT / "figures"))
 import controls  # noqa: E402
 
 import train  # noqa: E402
-from echo_min import checkpoint, report  # noqa: E402
+from echo_min import cli, report  # noqa: E402
 from echo_min.batch import make_batch  # noqa: E402
 from echo_min.config import Config, RunEnded  # noqa: E402
 from echo_min.masking import Role, Transcript, encode  # noqa: E402
 from echo_min.optimizer import make_optimizer  # noqa: E402
 from echo_min.rollout import Episode, StopReason  # noqa: E402
 from echo_min.tasks import Task  # noqa: E402
+from echo_min.worlds.registry import load_tasks  # noqa: E402
 
 CONFIG = Config(seed=3, device="cpu", arms="echo", env_weight=1.0)
 OUTPUTS = [["usage: tk align -k FILE\n", "ok acorn\n"], ["usage: tk align -z FILE\n"], ["load: zk-z\n"], []]
@@ -156,14 +157,23 @@ def test_a_loss_over_exchanged_outputs_has_echos_weight(tokenizer, model, contex
     assert [loss["env_loss"] for loss in losses] == pytest.approx([expected] * 3, rel=1e-4)
 
 
-def test_metrics_on_false_targets_have_another_name(model, context, batch):
-    step = model, make_optimizer(model, CONFIG)
-    true = train.update(*step, batch, "echo", 0, CONFIG)
-    assert {"observation_ce", "trivial_failures"} <= true.keys() and "control_ce" not in true
-    false = train.update(*step, controls.placebo(batch, context), "echo", 0, CONFIG)
-    assert not {"observation_ce", "trivial_failures"} & false.keys() and false["control_ce"] > 0
-    times = {"rollout_seconds": 1.0, "update_seconds": 1.0, "reward": 0.0}
-    assert f"CE {false['control_ce']:.2f}" in report.progress(false | times, {}, 8)
+def test_metrics_on_false_targets_have_another_name(model, tokenizer):
+    config = replace(CONFIG, tasks_per_step=1, group_size=2)
+    world, optimizer = load_tasks(config.tasks, False, config.seed), make_optimizer(model, config)
+
+    def step(control):
+        return train.train_step(model, optimizer, tokenizer, world, "echo", 0, config, control)[1]
+
+    def false(batch, context):
+        context.metrics["told"] = 7
+        return replace(batch, targets=batch.ids.clone())
+
+    named = {"observation_ce", "trivial_failures", "control_ce", "told"}
+    assert named & step(None).keys() == named & step(lambda batch, _: batch).keys()
+    assert named & step(None).keys() == {"observation_ce", "trivial_failures"}
+    metrics = step(false)
+    assert named & metrics.keys() == {"control_ce", "told"}
+    assert f"CE {metrics['control_ce']:.2f}" in report.progress(metrics, {}, 2)
     history = [{"reward": 0.0, "command_diversity": 1 / i, "control_ce": 1 / i} for i in range(1, 41)]
     assert report.collapse_alarm(history) is None
 
@@ -236,6 +246,14 @@ def test_the_command_line(tmp_path, monkeypatch):
     ):
         with pytest.raises(SystemExit, match=said):
             controls.main(words)
-    with checkpoint.only_writer(Path("runs/placebo_outputs")), pytest.raises(SystemExit) as ended:
-        controls.main(["--resume", "runs/placebo_outputs"])
-    assert "python figures/controls.py --resume runs/placebo_outputs" in str(ended.value)
+
+
+def test_a_run_that_ends_says_how_to_go_on(tmp_path):
+    config = Config(control="placebo", arms="echo", **SMALL)
+    config.save(tmp_path / "config.json")
+
+    def main(*_):
+        raise RunEnded("no more")
+
+    with pytest.raises(SystemExit, match=rf"no more.*python figures/controls\.py --resume {tmp_path}"):
+        cli.run(main, config, tmp_path)

@@ -35,50 +35,50 @@ def noise(context: Context) -> torch.Generator:
 
 
 def with_targets(batch: Batch, context: Context, targets: Tensor, **new: Tensor) -> Batch:
-    """The batch with other targets, and the share of them that are true all the same in the metrics."""
+    """The batch with these targets, and the share of them that are true all the same in the metrics. If all
+    are true, the batch itself."""
+    if torch.equal(targets, batch.ids):
+        return batch
     changed = replace(batch, targets=targets, **new)
     true = (targets == batch.ids)[changed.observation_mask]
     context.metrics["true_targets"] = true.float().mean().item()
     return changed
 
 
-def dealt_out(batch: Batch, context: Context, selected: Tensor) -> Batch:
-    """The targets at the selected positions, bool[B, T], in random order over all of these positions."""
-    pool = batch.ids[selected]  # [N]
-    if len(pool.unique()) < 2:
-        return batch
-    targets = batch.ids.clone()
-    targets[selected] = pool[torch.randperm(len(pool), generator=noise(context))]
+def placebo(batch: Batch, context: Context) -> Batch:
+    """The same tokens, dealt out at random: neither form nor information is left."""
+    targets, mask = batch.ids.clone(), batch.observation_mask
+    pool = batch.ids[mask]  # [N]
+    targets[mask] = pool[torch.randperm(len(pool), generator=noise(context))]
     return with_targets(batch, context, targets)
 
 
-def placebo(batch: Batch, context: Context) -> Batch:
-    """The same tokens, dealt out at random: neither form nor information is left."""
-    return dealt_out(batch, context, batch.observation_mask)
-
-
 def placebo_words(batch: Batch, context: Context) -> Batch:
-    """The words that tell what to do, exchanged between outputs: form stays, information goes.
+    """The words that tell what to do, dealt out at random over their places in the batch's outputs: form
+    stays, information goes. A word changes places with words of as many tokens.
 
     Raises ValueError if the world names no such words."""
     if not context.telling:
         raise ValueError(f"control placebo_words: {context.config.tasks} names no telling words to exchange")
     forms = [form for word in context.telling for form in (word, f" {word}")]
     words = [context.tokenizer.encode(form, add_special_tokens=False) for form in forms]
-    return dealt_out(batch, context, occurrences(batch.ids, batch.observation_mask, words))
+    targets, left, generator = batch.ids.clone(), batch.observation_mask.clone(), noise(context)
+    for n in sorted(set(map(len, words)), reverse=True):
+        rows, places = occurrences(batch.ids, left, [word for word in words if len(word) == n])
+        found = batch.ids[rows, places]  # [N, n]
+        targets[rows, places] = found[torch.randperm(len(found), generator=generator)]
+        left[rows, places] = False
+    return with_targets(batch, context, targets)
 
 
-def occurrences(ids: Tensor, mask: Tensor, words: list[list[int]]) -> Tensor:
-    """Where one of the words stands, all of its tokens within mask[B, T]. -> bool[B, T]"""
-    found = torch.zeros_like(mask)
-    for word in words:
-        n = len(word)
-        if n <= ids.shape[1]:
-            windows = ids.unfold(1, n, 1) == torch.tensor(word)  # [B, T - n + 1, n]
-            starts = (windows & mask.unfold(1, n, 1)).all(2)
-            for i in range(n):
-                found[:, i : i + starts.shape[1]] |= starts
-    return found
+def occurrences(ids: Tensor, mask: Tensor, words: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Where one of the words, of n tokens each, stands within mask[B, T]. -> rows[N, 1], positions[N, n]"""
+    n = len(words[0])
+    if n > ids.shape[1]:
+        return torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, n, dtype=torch.int64)
+    windows = ids.unfold(1, n, 1)[:, :, None] == torch.tensor(words)  # [B, T - n + 1, words, n]
+    starts = (windows.all(3).any(2) & mask.unfold(1, n, 1).all(2)).nonzero()  # [N, 2]
+    return starts[:, :1], starts[:, 1:] + torch.arange(n)
 
 
 def placebo_outputs(batch: Batch, context: Context) -> Batch:
@@ -86,22 +86,22 @@ def placebo_outputs(batch: Batch, context: Context) -> Batch:
 
     Where the other one is shorter, the end has no target; what is left takes over its weight, so that every
     output keeps the weight that it has in ECHO."""
-    spans = outputs(batch.observation_mask)
-    texts = [tuple(batch.ids[b, first:end].tolist()) for b, first, end in spans]
-    if len(set(texts)) < 2:
-        return batch
+    spans, generator = outputs(batch.observation_mask), noise(context)
+    texts = [batch.ids[b, first:end].tolist() for b, first, end in spans]
     targets, mask, weights = (
-        x.clone() for x in (batch.ids, batch.observation_mask, batch.observation_weights)
+        batch.ids.clone(),
+        batch.observation_mask.clone(),
+        batch.observation_weights.clone(),
     )
-    generator = noise(context)
     for (b, first, end), text in zip(spans, texts, strict=True):
-        others = [other for other in texts if other != text]
-        other = others[int(torch.randint(len(others), (), generator=generator))]
-        n = min(len(text), len(other))
-        targets[b, first : first + n] = torch.tensor(other[:n])
-        mask[b, first + n : end] = False
-        weights[b, first : first + n] *= len(text) / n
-        weights[b, first + n : end] = 0.0
+        # an output that begins with all of the other differs nowhere that counts
+        others = [other for other in texts if any(x != y for x, y in zip(text, other, strict=False))]
+        if others:
+            other = others[int(torch.randint(len(others), (), generator=generator))]
+            n = min(len(text), len(other))
+            targets[b, first : first + n] = torch.tensor(other[:n])
+            weights[b, first : first + n] *= len(text) / n
+            mask[b, first + n : end], weights[b, first + n : end] = False, 0.0
     new = {"observation_mask": mask, "observation_weights": weights}
     return with_targets(batch, context, targets, **new)
 

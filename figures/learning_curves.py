@@ -94,7 +94,7 @@ def pass_rates(episodes: list[Episode]) -> dict[str, float]:
     graded: dict[int, list[bool]] = {}
     for episode in episodes:
         if not isnan(episode.reward):  # the infrastructure failed, not the policy
-            graded.setdefault(episode.group, []).append(episode.reward == 1)
+            graded.setdefault(episode.group, []).append(episode.reward >= 1)
     rates = {}
     for k in (1, 2, 4, 8):
         if tasks := [passed for passed in graded.values() if len(passed) >= k]:

@@ -62,7 +62,7 @@ def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
         trained = load_world(SCENE, config.seed).held_out[: config.eval_tasks]
         episodes = sample_episodes(model, tokenizer, trained, 1, config, (Noise.PASS_AT_K, config.seed))
         rewards = graded(episodes)
-        line["pass_rate_trained"] = sum(rewards) / len(rewards)
+        line["pass_rate_trained"] = sum(reward >= 1 for reward in rewards) / len(rewards)
     return lines
 
 

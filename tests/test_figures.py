@@ -1,14 +1,18 @@
-"""The figure scripts: data that is missing, partial or of other settings is named; no run is made twice."""
+"""The figure scripts: data that is missing, partial or of other settings is named; no run is made twice; a
+digest outlives what is added to Config."""
 
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from math import nan
 from pathlib import Path
 
 import pytest
 
-from echo_min.config import ARMS
+from echo_min.config import ARMS, CHOICES, Config
+from echo_min.rollout import Episode
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "figures"))
@@ -17,7 +21,11 @@ import common  # noqa: E402
 import held_out_ce  # noqa: E402
 import lambda_sweep  # noqa: E402
 import learning_curves  # noqa: E402
+import surprise  # noqa: E402
 import verifier_free  # noqa: E402
+from controls import CONTROLS  # noqa: E402
+
+import train  # noqa: E402
 
 SCRIPTS = learning_curves, lambda_sweep, verifier_free
 
@@ -33,8 +41,9 @@ def folders(tmp_path, monkeypatch):
 def invent(jobs, path):
     """Lines as the runs would write them."""
     lines = []
-    for i, (key, (arm, config)) in enumerate(jobs.items()):
+    for i, (key, (arm, control, config)) in enumerate(jobs.items()):
         line = {"key": key, "config": common.digest(config), "arm": arm, "seed": config.seed}
+        line |= {"control": control} if control else {}
         if arm == "floor":
             lines.append(line | {"observation_ce": 0.01})
             continue
@@ -50,10 +59,47 @@ def invent(jobs, path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_jobs_are_distinct_and_every_setting_counts(script):
     jobs = script.jobs()
-    assert len({common.digest(config) + arm for arm, config in jobs.values()}) > 0.5 * len(jobs)
-    for key, (arm, config) in jobs.items():
+    names = [f"{common.digest(config)} {arm} {control}" for arm, control, config in jobs.values()]
+    assert len(set(names)) > 0.6 * len(jobs)  # some differ by their start alone
+    for key, (arm, control, config) in jobs.items():
         assert key.endswith(f"/{config.seed}")
         assert arm == "floor" or arm in ARMS
+        assert control == "" or (arm == "echo" and control in CONTROLS)
+        assert config.control == ""  # train_run sets it
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_committed_data_belong_to_the_jobs(script):
+    assert common.load(script.EXPERIMENT, script.jobs())
+
+
+@dataclass
+class Newer(Config):
+    learning_rate: float = 1e-3  # another default
+    novelty: int = field(default=2)
+
+
+def test_a_digest_outlives_changes_of_config():
+    frozen = Newer(learning_rate=common.FROZEN["learning_rate"])
+    assert common.digest(frozen) == common.digest(Config())
+    assert common.digest(replace(frozen, novelty=3)) != common.digest(frozen)
+    assert common.digest(Newer()) == common.digest(Config(learning_rate=1e-3)) != common.digest(Config())
+    older = make_dataclass("Older", [(f.name, f.type, f.default) for f in fields(Config)[:-3]])
+    assert common.digest(older()) == common.digest(Config())
+    assert common.digest(Config(seed=2, tasks="world:hard", max_turns=1)) == "1f8ab83a"
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Config)])
+def test_every_setting_counts_but_those_of_the_place(name):
+    value = getattr(Config(), name)
+    if isinstance(value, bool):
+        other = not value
+    elif isinstance(value, int | float):
+        other = value / 2 if isinstance(value, float) else value + 1
+    else:
+        other = {"arms": "echo"}.get(name, CHOICES.get(name, ["", "other"])[1])
+    same = common.digest(replace(Config(), **{name: other})) == common.digest(Config())
+    assert same == (name in common.PLACE)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -68,9 +114,10 @@ def test_missing_partial_and_foreign_data_are_named(script, folders, capsys):
     assert all(line["key"] != first for line in common.load(script.EXPERIMENT, jobs))
     said = capsys.readouterr().out
     assert f"missing: {first}" in said and f"figures/{script.EXPERIMENT}.py --run" in said
-    path.write_text(json.dumps(lines[0] | {"config": "0"}) + "\n")
-    with pytest.raises(SystemExit, match="other settings"):
-        common.load(script.EXPERIMENT, jobs)
+    for foreign in ({"config": "0"}, {"arm": "moon"}, {"control": "moon"}):
+        path.write_text(json.dumps(lines[0] | foreign) + "\n")
+        with pytest.raises(SystemExit, match="other settings"):
+            common.load(script.EXPERIMENT, jobs)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -85,6 +132,32 @@ def test_pictures_and_tables_from_whole_and_partial_data(script, share, folders,
     if script is learning_curves:
         held_out_ce.main()
         assert (folders / "png" / "held_out_ce.png").exists()
+
+
+def test_pass_rates_count_graded_episodes_only():
+    """Two tasks of eight trials; of the first, one was lost with its terminal."""
+    rewards = [1.0, nan, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0], [1.0] + [0.0] * 7
+    episodes = [Episode(None, group, reward=r) for group, row in enumerate(rewards) for r in row]
+    rates = learning_curves.pass_rates(episodes)
+    assert rates["pass_at_1"] == pytest.approx((2 / 7 + 1 / 8) / 2)
+    assert rates["pass_at_4"] == pytest.approx((1 - 5 / 35 + 1 / 2) / 2)
+    assert rates["pass_at_8"] == 1.0  # only the second task has eight
+    assert learning_curves.pass_rates([Episode(None, 0)]) == {}
+
+
+def test_surprise_of_a_run_stays_with_the_run(folders, monkeypatch):
+    sizes = {"base_demonstrations": 24, "base_steps": 3, "tasks_per_step": 1, "group_size": 2}
+    config = Config(device="cpu", steps=1, eval_tasks=2, **sizes)
+    train.main(config, folders / "run")
+    monkeypatch.setattr(sys, "argv", ["surprise.py", "--run", str(folders / "run")])
+    surprise.main()
+    panels = json.loads((folders / "run" / "surprise.json").read_text())
+    assert list(panels) == ["base", "grpo", "echo"]
+    assert (folders / "run" / "surprise.png").stat().st_size > 10_000
+    assert not list((folders / "data").iterdir()) and not (folders / "png").exists()
+    monkeypatch.setattr(sys, "argv", ["surprise.py", "--run", str(folders)])
+    with pytest.raises(SystemExit, match=r"config\.json"):
+        surprise.main()
 
 
 def test_a_run_is_made_once():

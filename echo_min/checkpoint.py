@@ -1,7 +1,7 @@
 """Load, save and resume. A checkpoint is a folder in Hugging Face format with the optimizer's state.
 
 All randomness is keyed by (seed, step, ...), so weights, optimizer and step are the whole state of a run.
-Pinned to one CPU (taskset -c 0), a run repeats bit for bit; on two, `a & b` prints in either order.
+On the same hardware it repeats bit for bit where its commands do: `a & b` prints in either order.
 """
 
 import fcntl

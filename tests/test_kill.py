@@ -1,7 +1,7 @@
 """Runs that are killed: kill -9 at chosen moments, Ctrl-C and SIGTERM once and twice, two runs in one folder.
 
-The runs that are compared are pinned to one CPU: this policy's random commands hold pipes and `&`, whose
-parts race each other to print on two.
+In the runs that are compared no command holds `|` or `&`, whose parts race each other to print, and the
+policy is taught enough that most replies are commands.
 """
 
 import json
@@ -22,7 +22,7 @@ from tests.test_sandbox import wait_for_count
 from tests.test_train import SMALL, assert_same_run, names
 
 ROOT = Path(__file__).parent.parent
-RUN = replace(SMALL, steps=40, eval_every=20)
+RUN = replace(SMALL, steps=40, eval_every=20, base_demonstrations=200, base_steps=60)
 SITES = {  # where the process kills itself: (module, class or "", function, calls until then, at most)
     "sampling": ("echo_min.sampler", "Sampler", "_forward", 60),
     "shell": ("echo_min.terminals.sandbox", "Sandbox", "run", 3),
@@ -38,9 +38,11 @@ SITES = {  # where the process kills itself: (module, class or "", function, cal
 CHILD = """
 import importlib, json, os, signal, sys
 from pathlib import Path
-os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 import train
 from echo_min.config import Config
+from echo_min.terminals.sandbox import Sandbox
+run = Sandbox.run
+Sandbox.run = lambda self, command, *rest: run(self, command.translate({38: ";", 124: ";"}), *rest)
 folder, (module, owner, name), count = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
 owner = getattr(importlib.import_module(module), owner) if owner else importlib.import_module(module)
 real, calls = getattr(owner, name), 0

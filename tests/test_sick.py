@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import train
-from echo_min import checkpoint
+from echo_min import checkpoint, evaluate
 from echo_min.config import RunEnded
 from echo_min.terminals import bubblewrap
 from echo_min.terminals.sandbox import Sandbox
 from tests.test_sandbox import fresh_lookup, refuse_namespaces  # noqa: F401
-from tests.test_train import SMALL, finished, metrics, run, weights  # noqa: F401
+from tests.test_train import SMALL, TASK, finished, metrics, run, weights  # noqa: F401
 
 ONE = replace(SMALL, steps=1, eval_every=1, eval_tasks=2)
 VERIFIERS = "sleep 60", "kill -9 $$", "exit 3", "kill -STOP $$", "while :; do :; done", "exec nothing"
@@ -23,7 +23,7 @@ VERIFIERS = "sleep 60", "kill -9 $$", "exit 3", "kill -STOP $$", "while :; do :;
 
 @pytest.mark.parametrize("verify", VERIFIERS)
 def test_a_verifier_that_gives_no_verdict(run, monkeypatch, verify):  # noqa: F811
-    world = train.load_tasks(ONE.tasks)
+    world = train.load_tasks(ONE.tasks, False, ONE.seed)
     sick = train.pick_tasks(world.train, 0, ONE)[0].name
     limits = replace(world.train[0].limits, verifier_seconds=0.5)
     tasks = [replace(t, verify=verify, limits=limits) if t.name == sick else t for t in world.train]
@@ -44,11 +44,21 @@ def test_sandboxes_that_are_killed(run, monkeypatch):  # noqa: F811
         return real(self)
 
     monkeypatch.setattr(Sandbox, "verify", killed)
-    monkeypatch.setattr(train, "expert_transcripts", lambda *_: [])
+    monkeypatch.setattr(evaluate, "expert_transcripts", lambda *_: [])
     train.main(replace(SMALL, eval_every=9), run)
     trained = [line for line in metrics(run) if "reward" in line]
     assert len(trained) == SMALL.steps and all(line["stop"]["infra_error"] in (1, 2) for line in trained)
     assert all("did not answer" in line["error"] or "not listen" in line["error"] for line in trained)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives its rights up")
+def test_a_missing_program_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(bubblewrap, "_kept", [])
+    bubblewrap._bwrap()  # which a look at PATH finds
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RunEnded, match="'setpriv'; install setpriv") as refusal:
+        Sandbox(TASK, 9)
+    assert "user namespaces" not in str(refusal.value)
 
 
 def test_bwrap_refused_in_the_middle_of_a_run(finished, run, monkeypatch, tmp_path, fresh_lookup):  # noqa: F811

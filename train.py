@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from echo_min import checkpoint, report
+from echo_min import checkpoint, page, report
 from echo_min.batch import Batch, make_batch
 from echo_min.config import Config, RunEnded
 from echo_min.echo import echo_loss, predictable
@@ -50,6 +50,7 @@ class Context:
     step: int
     config: Config
     telling: tuple[str, ...]  # words of an observation that tell what to do, as the world names them
+    metrics: dict  # the step's line of metrics.jsonl, to which a control may add
 
 
 def pick_tasks(tasks: list[Task], step: int, config: Config) -> list[Task]:
@@ -111,8 +112,11 @@ def train_step(model, optimizer, tokenizer, world: World, arm: str, step: int, c
     batch = make_batch(episodes, config)
     if control:
         valid = [episode for episode in episodes if episode.valid]
-        batch = control(batch, Context(valid, model, tokenizer, step, config, world.telling))
+        batch = control(batch, Context(valid, model, tokenizer, step, config, world.telling, metrics))
     metrics |= update(model, optimizer, batch, arm, step, config)
+    if batch.targets is not batch.ids:  # a control's: what is said of them says nothing of the terminal
+        metrics["control_ce"] = metrics.pop("observation_ce")
+        del metrics["trivial_failures"]
     ended = time.perf_counter()
     return episodes, metrics | {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
 
@@ -126,6 +130,7 @@ def train_arm(arm: str, config: Config, world: World, folder: Path, interrupted,
     with report.metrics_log(folder / "metrics.jsonl", arm, config) as log:
         if done is None:  # nothing is saved yet
             log(0, examination.results(0))
+            page.add(folder, arm, 0, examination.point)
             checkpoint.save(folder / arm, done := 0, model, tokenizer, optimizer, config)
         for step in (bar := tqdm(range(done, config.steps), desc=arm, unit="step", initial=done)):
             episodes, metrics = train_step(model, optimizer, tokenizer, world, arm, step, config, control)
@@ -133,6 +138,7 @@ def train_arm(arm: str, config: Config, world: World, folder: Path, interrupted,
             last = step + 1 == config.steps
             if last or (step + 1) % config.eval_every == 0:
                 log(step + 1, examination.results(step + 1))
+                page.add(folder, arm, step + 1, examination.point)
                 path = folder / "transcripts" / f"{arm}-{step + 1:06d}.txt"
                 report.write_transcripts(path, tokenizer, episodes[:8])
             if last or (step + 1) % config.save_every == 0 or interrupted.is_set():
@@ -160,7 +166,7 @@ def main(config: Config, folder: Path, interrupted: threading.Event | None = Non
         for arm in config.arms.split(","):
             train_arm(arm, config, world, folder, interrupted or threading.Event(), control)
         report.draw_curves(report.read(folder / "metrics.jsonl"), folder / "curves.png")
-    print(f"{folder}: curves.png, metrics.jsonl, transcripts/ and a checkpoint of each arm")
+    print(f"{folder}: index.html, curves.png, metrics.jsonl, transcripts/ and a checkpoint of each arm")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Load, save and resume. A checkpoint is a folder in Hugging Face format with the optimizer's state.
 
 All randomness is keyed by (seed, step, ...), so weights, optimizer and step are the whole state of a run.
+Pinned to one CPU (taskset -c 0), a run repeats bit for bit; on two, `a & b` prints in either order.
 """
 
 import fcntl
 import json
 import os
 import shutil
+import sys
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -24,6 +26,20 @@ from echo_min.policy import marker_ids
 from kernels.segment_logprob import head_weight
 
 logging.disable_progress_bar()
+MAY_CHANGE = """name device threads terminals allow_network prefill_tokens micro_batch_tokens logit_mb
+    gradient_checkpointing steps save_every eval_every tracker""".split()  # where, how long, what fits
+
+
+@contextmanager
+def foreign(what: str):
+    """The errors of every kind that foreign and torn files raise, as ValueError: one line, `what` first."""
+    try:
+        yield
+    except Exception as error:
+        if ran_out(error):
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{what}: {reason}") from None
 
 
 def located(name: str) -> tuple[str, dict]:
@@ -42,40 +58,37 @@ def load_policy(
     Raises ValueError saying what is wrong.
     """
     source, options = located(str(name))
-    try:
+    with foreign(f"{name}: neither a checkpoint folder nor a model that can be fetched"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if options:  # weights to train, not the blocks of few bits that the file holds
             options["quantization_config"] = GgufConfig(dequantize=True)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, dtype), output_loading_info=True, **options
-        )
-    except Exception as error:  # foreign files: every kind of error comes out of them
-        if ran_out(error):
-            raise
-        reason = str(error).strip().split("\n")[0]
-        problem = f"{name}: neither a checkpoint folder nor a model that can be fetched ({reason})"
-        raise ValueError(problem) from None
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(f"{name}: no weights for {len(missing)} parameters ({missing[0]}, ...)")
-    if missing := {END, "<|im_start|>"} - set(marker_ids(tokenizer).values()):
-        raise ValueError(f"{name}: its tokenizer has no {' '.join(missing)}; only ChatML models will do")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise ValueError(f"{name}: its tokenizer has more tokens ({len(tokenizer)}) than its embedding")
-    try:
+        options |= {"dtype": getattr(torch, dtype), "output_loading_info": True}
+        model, found = AutoModelForCausalLM.from_pretrained(source, **options)
+    with foreign(str(name)):
         head_weight(model)
-    except TypeError as error:
-        raise ValueError(f"{name}: {error}") from None
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(f"no weights for {len(missing)} parameters ({missing[0]}, ...)")
+        if missing := {END, "<|im_start|>"} - set(marker_ids(tokenizer).values()):
+            raise ValueError(f"its tokenizer has no {' '.join(missing)}; only ChatML models will do")
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            raise ValueError(f"its tokenizer has more tokens ({len(tokenizer)}) than its embedding")
     if gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.to(device), tokenizer
 
 
+def restore_optimizer(folder: Path, optimizer) -> None:
+    """Load the state saved in a checkpoint. Raises ValueError if it is not one of this model's."""
+    with foreign(f"{folder}: not a checkpoint to resume from: optimizer.pt"):
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+        for weight, state in optimizer.state.items():
+            if not weight.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
+                raise ValueError("it is of another model")
+
+
 @contextmanager
 def only_writer(folder: Path):
-    """Nobody else may write to this run folder meanwhile; what a killed writer left half done is removed.
-
-    Raises ValueError if another process is at work in it.
-    """
+    """Removes what a killed writer left half done. Raises ValueError if another process is at work here."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         try:
@@ -88,14 +101,16 @@ def only_writer(folder: Path):
 
 
 def claim(folder: Path, config: Config) -> None:
-    """Make `folder` the folder of this run. Raises ValueError if it holds a run with other settings; one that
-    ended before it left anything holds none. A run may be given another last step."""
-    path = folder / "config.json"
-    if path.exists() and {file.name for file in folder.iterdir()} - {"config.json", "lock"}:
+    """Make `folder` the folder of this run. Raises ValueError if what is saved in it was made with other
+    settings, MAY_CHANGE apart, or has more steps."""
+    for path in sorted(folder.rglob("echo_min.json")):
         old, new = asdict(Config.load(path)), asdict(config)
-        if changed := [name for name in new if old[name] != new[name] and name != "steps"]:
-            raise ValueError(f"{folder} holds a run with another {', '.join(changed)}: pass a new --name")
-    config.save(path)
+        if was := [f"{k} {old[k]!r}" for k in new if old[k] != new[k] and k not in MAY_CHANGE]:
+            raise ValueError(f"{path.parent} was made with {', '.join(was)}: keep that, or pass a new --name")
+    for arm in config.arms.split(","):
+        if (found := latest(folder / arm)) and found[0] > config.steps:
+            raise ValueError(f"steps: {config.steps} is less than {folder / arm} has done, {found[0]}")
+    config.save(folder / "config.json")
 
 
 def publish(model, tokenizer, folder: Path, config: Config, **extra) -> None:
@@ -103,7 +118,6 @@ def publish(model, tokenizer, folder: Path, config: Config, **extra) -> None:
     extra: name -> object, saved as name.pt. Raises OSError."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(new, ignore_errors=True)
     try:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -113,69 +127,82 @@ def publish(model, tokenizer, folder: Path, config: Config, **extra) -> None:
         for file in filter(Path.is_file, new.rglob("*")):  # on disk before the rename that makes it the truth
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(new, folder)
     except Exception as error:  # a full disk has another name in each of these libraries
-        shutil.rmtree(new, ignore_errors=True)
         raise OSError(f"{folder}: could not be written: {error}") from error
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def save(arm: Path, step: int, model, tokenizer, optimizer, config: Config) -> None:
+    """Checkpoint after `step` completed steps; once it is whole, only the one before stays beside it."""
+    publish(model, tokenizer, arm / f"step-{step:06d}", config, optimizer=optimizer.state_dict())
+    for _, old in checkpoints(arm)[:-2]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoints(arm: Path) -> list[tuple[int, Path]]:
+    """-> (completed steps, folder) of each, the newest last."""
+    return sorted((int(f.name[5:]), f) for f in arm.glob("step-*") if f.name[5:].isdecimal())
+
+
+def latest(arm: Path) -> tuple[int, Path] | None:
+    return max(checkpoints(arm), default=None)
 
 
 def restore(folder: Path, arm: str, config: Config):
     """-> (steps done, model, tokenizer, optimizer) of an arm's newest checkpoint, or None steps and the base.
-    Lines of metrics.jsonl that came after it are dropped. Raises ValueError, saying what can't be read."""
-    found = latest(folder / arm)
-    done, path = found or (None, folder / "base" if config.makes_base else config.model)
-    model, tokenizer = load_policy(path, config.device, config.dtype, config.gradient_checkpointing)
-    optimizer = make_optimizer(model, config)
-    if found:
-        restore_optimizer(path, optimizer)
-    last = -1 if done is None else done
-    truncate_metrics(folder / "metrics.jsonl", lambda r: r.get("arm") != arm or r["step"] <= last)
-    return done, model, tokenizer, optimizer
+
+    One that can't be read is set aside, with a warning, for the one before. Raises ValueError if none can, or
+    if metrics.jsonl does not tell of every step done; what it tells of later ones is dropped.
+    """
+    saved, torn = checkpoints(folder / arm), {}
+    for done, path in saved[::-1] or [(None, folder / "base" if config.makes_base else config.model)]:
+        try:
+            model, tokenizer = load_policy(path, config.device, config.dtype, config.gradient_checkpointing)
+            optimizer = make_optimizer(model, config)
+            if saved:
+                restore_optimizer(path, optimizer)
+        except ValueError as error:
+            torn[path] = str(error)
+            continue
+        for bad, problem in torn.items():
+            print(f"warning: {problem}; set aside as torn-{bad.name}, {path} goes on", file=sys.stderr)
+            bad.rename(bad.with_name(f"torn-{bad.name}"))
+        keep_history(folder, arm, -1 if done is None else done)
+        return done, model, tokenizer, optimizer
+    anew = f": put one back, or delete {folder / arm} to train this arm anew" if saved else ""
+    raise ValueError("; ".join(torn.values()) + anew)
 
 
-def save(arm: Path, step: int, model, tokenizer, optimizer, config: Config) -> None:
-    """Checkpoint after `step` completed steps; the one before is removed only when the new one is whole."""
-    folder = arm / f"step-{step:06d}"
-    publish(model, tokenizer, folder, config, optimizer=optimizer.state_dict())
-    for old in arm.glob("step-*"):
-        if old != folder:
-            shutil.rmtree(old, ignore_errors=True)
+def keep_history(folder: Path, arm: str, last: int) -> None:
+    """Drop an arm's lines of metrics.jsonl and page.jsonl after step `last`. Raises ValueError if an earlier
+    one of metrics.jsonl is lost."""
+    page, path = folder / "page.jsonl", folder / "metrics.jsonl"
+    _, kept = (truncate_metrics(f, lambda r: (r["step"] <= last) | (r["arm"] != arm)) for f in (page, path))
+    if lost := set(range(last + 1)) - {r["step"] for r in kept if r["arm"] == arm}:
+        what = f"{path}: the line of {arm}'s step {min(lost)} is missing"
+        raise ValueError(f"{what}: put it back, or delete {folder / arm} to train this arm anew")
 
 
-def latest(arm: Path) -> tuple[int, Path] | None:
-    """-> (completed steps, folder) of the newest whole checkpoint of an arm, if there is one."""
-    return max(((int(f.name[5:]), f) for f in arm.glob("step-*") if f.name[5:].isdigit()), default=None)
+def truncate_metrics(path: Path, keep) -> list[dict]:
+    """Drop the lines for which keep(line as a dict) is false, and a last one that a kill cut. -> the rest.
 
-
-def restore_optimizer(folder: Path, optimizer) -> None:
-    """Load the state saved in a checkpoint. Raises ValueError if it is not one of ours."""
-    try:
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
-    except Exception as error:  # a foreign or torn file
-        if ran_out(error):
-            raise
-        raise ValueError(f"{folder}: not a checkpoint to resume from: optimizer.pt: {error}") from None
-
-
-def truncate_metrics(path: Path, keep) -> None:
-    """Drop the lines for which keep(line as a dict) is false, and a last line that a kill cut short.
-
-    Raises ValueError naming any other line that is not JSON.
+    Raises ValueError naming a line that is not JSON, or lacks what `keep` reads.
     """
     if not path.exists():
-        return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = []
+        return []
+    lines, kept = path.read_bytes().split(b"\n"), []  # the last is empty, or cut short
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: not JSON; mend or remove it, then resume") from None
-        if keep(record):
-            kept.append(line if line.endswith("\n") else line + "\n")
+            if keep(record := json.loads(line)):
+                kept.append((line + b"\n", record))
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                problem = f"{path}, line {number}: not JSON, or lacks a field; mend or remove it, then go on"
+                raise ValueError(problem) from None
     new = path.with_suffix(".tmp")
-    new.write_text("".join(kept))
+    new.write_bytes(b"".join(line for line, _ in kept))
     os.replace(new, path)
+    return [record for _, record in kept]

@@ -2,6 +2,7 @@
 that `--help` and a wrong flag answer at once."""
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -19,28 +20,27 @@ ABOUT = "GRPO and ECHO on terminal tasks: a base policy, every arm from it, one 
 def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
     """-> (settings, run folder). A wrong flag or value ends the program with one clear line."""
     usage = "train.py [--preset NAME | --resume RUN] [--SETTING VALUE ...]   (--help lists them)"
-    parser = argparse.ArgumentParser("train.py", usage, ABOUT, allow_abbrev=False)
-    first = PRESETS["tiny"]
+    unset = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser("train.py", usage, ABOUT, **unset)
     parser.add_argument("--preset", choices=PRESETS, help="where the settings below start [tiny]")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on after its last saved step; with"
-                        " --steps N, to another last step")  # fmt: skip
+    resume = "go on after the last saved step of this run folder; with --steps N, to another last step"
+    parser.add_argument("--resume", type=Path, metavar="RUN", help=resume)
     for f in fields(Config):
         kind = boolean if f.type is bool else f.type
-        help = f"{f.metadata['help']} [{first.get(f.name, f.default)}]".replace("%", "%%")
-        options = {"type": kind, "metavar": kind.__name__, "default": argparse.SUPPRESS, "help": help}
-        parser.add_argument(f"--{f.name}", **options)
+        default = PRESETS["tiny"].get(f.name, f.default)
+        help = f"{f.metadata['help']} [{default}]".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", type=kind, metavar=kind.__name__, help=help)
     given = vars(parser.parse_args(argv))
-    resume, preset = given.pop("resume"), given.pop("preset")
     try:
-        if resume is None:
-            config = Config(**PRESETS[preset or "tiny"] | given)
+        if "resume" not in given:
+            config = Config(**PRESETS[given.pop("preset", "tiny")] | given)
             return config, config.folder
-        given |= {"preset": preset} if preset else {}
-        if given.keys() - {"steps"}:
-            raise ValueError(f"--resume takes its settings from the run; remove --{' --'.join(given)}")
-        if not (resume / "config.json").is_file():
-            raise ValueError(f"--resume: {resume} holds no config.json; it is not a run folder")
-        return replace(Config.load(resume / "config.json"), **given), resume
+        folder = given.pop("resume")
+        if others := given.keys() - {"steps"}:
+            raise ValueError(f"--resume takes its settings from the run; remove --{' --'.join(others)}")
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"--resume: {folder} holds no config.json; it is not a run folder")
+        return replace(Config.load(folder / "config.json"), **given), folder
     except ValueError as error:
         parser.error(str(error))
 
@@ -57,28 +57,29 @@ def run(main: Callable[[Config, Path, threading.Event], None], config: Config, f
         with interruptible() as interrupted:
             main(config, folder, interrupted)
     except (ValueError, OSError, RunEnded, KeyboardInterrupt) as error:
-        saved = any(folder.glob("*/step-*")) or (folder / "base").exists()
-        saved |= isinstance(error, RunEnded) and (folder / "config.json").exists()  # to be edited
-        hint = f"\nWhat is saved stays: python train.py --resume {folder}" if saved else ""
-        sys.exit(f"train.py: {str(error) or 'interrupted'}{hint}")
+        problem = " ".join(str(error).split()) or "interrupted"
+        if (folder / "config.json").exists() and not isinstance(error, ValueError):  # nothing to mend first
+            script = "figures/controls.py" if config.control else "train.py"
+            problem += f"; what is saved stays: python {script} --resume {folder}"
+        sys.exit(f"train.py: {problem}")
 
 
 @contextmanager
 def interruptible():
     """-> an event that the first Ctrl-C or SIGTERM sets; a second one raises KeyboardInterrupt."""
-    interrupted, signals = threading.Event(), (signal.SIGINT, signal.SIGTERM)
+    interrupted = threading.Event()
 
     def on_signal(*_) -> None:
         if interrupted.is_set():
             raise KeyboardInterrupt
         interrupted.set()
-        print("\nends after this step; once more ends now", file=sys.stderr)
+        os.write(2, b"\nends after this step; once more ends now\n")  # print may be at work
 
-    before = [signal.signal(number, on_signal) for number in signals]
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield interrupted
     finally:
-        for number, handler in zip(signals, before, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

@@ -6,6 +6,7 @@ from statistics import fmean
 
 import torch
 
+from echo_min import page, report
 from echo_min.batch import pad
 from echo_min.config import Config, RunEnded
 from echo_min.echo import observation_mask
@@ -24,11 +25,15 @@ class Examination:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.tasks = world.held_out[: config.eval_tasks]
         self.expert = expert_transcripts(tokenizer, world, config)
+        early = range(min(20, len(self.expert)))
+        self.shown = max(early, key=lambda i: len(self.expert[i]))  # its task is on the page: a call fails
         self.last: dict = {}  # results
+        self.point: dict = {}  # of the page
 
     def results(self, step: int) -> dict:
         """A sampled and a greedy rollout of each task, and observation CE on the expert's trajectories."""
-        self.last = {"expert_ce": observation_ce(self.model, self.expert, self.config)}
+        found = observation_logprobs(self.model, self.expert, self.config)
+        self.last = {"expert_ce": cross_entropy(found)}
         key = Noise.EVALUATION, self.config.seed, step
         for way, noise in (("", key), ("_greedy", None)):
             episodes = sample_episodes(self.model, self.tokenizer, self.tasks, 1, self.config, noise)
@@ -36,6 +41,11 @@ class Examination:
             passed = sum(reward >= 1 for reward in rewards) / len(rewards)
             self.last |= {f"pass_rate{way}": passed, f"mean_reward{way}": fmean(rewards)}
             self.last["eval_tasks"] = len(rewards)
+        greedy, i = episodes[self.shown], self.shown
+        (logprobs,) = observation_logprobs(self.model, [greedy.transcript], self.config)
+        own = report.tokens_with_surprise(self.tokenizer, greedy.transcript, logprobs)
+        expert = report.tokens_with_surprise(self.tokenizer, self.expert[i], found[i])
+        self.point = page.point(greedy, own, expert=expert)
         return self.last
 
 
@@ -59,8 +69,11 @@ def observation_logprobs(model, transcripts: list[Transcript], config: Config) -
 
 
 def observation_ce(model, transcripts: list[Transcript], config: Config) -> float:
-    """Mean cross-entropy of all observation tokens, nats per token; nan if there are none."""
-    found = observation_logprobs(model, transcripts, config)
+    return cross_entropy(observation_logprobs(model, transcripts, config))
+
+
+def cross_entropy(found: list[dict[int, float]]) -> float:
+    """Mean over all observation tokens, nats per token; nan if there are none."""
     logprobs = [logprob for positions in found for logprob in positions.values()]
     return -sum(logprobs) / len(logprobs) if logprobs else float("nan")
 

@@ -8,20 +8,14 @@ import torch
 
 from echo_min.config import Config, RunEnded
 
-SAVED = "in its config.json"
+LOADING, EDIT = "loading of the model", "in its config.json lower"
 PHASES = {  # function at work -> name of the phase, what to do when memory runs out in it
-    "load_policy": ("loading of the model", "take a smaller one, or dtype bfloat16"),
-    "restore_optimizer": ("loading of the model", "take a smaller one, or optimizer adamw8bit"),
-    "supervise": (
-        "supervised stage",
-        f"{SAVED} lower prefill_tokens or logit_mb, or set gradient_checkpointing",
-    ),
-    "update": (
-        "update",
-        f"{SAVED} lower micro_batch_tokens, logit_mb or context, or set gradient_checkpointing",
-    ),
-    "rollout": ("rollout", f"{SAVED} lower terminals, prefill_tokens or context"),
-    "observation_logprobs": ("scoring of observations", f"{SAVED} lower prefill_tokens or logit_mb"),
+    "load_policy": (LOADING, "take a smaller one, or dtype bfloat16"),
+    "restore_optimizer": (LOADING, "take a smaller one, or optimizer adamw8bit"),
+    "supervise": ("supervised stage", f"{EDIT} prefill_tokens, logit_mb, or set gradient_checkpointing"),
+    "update": ("update", f"{EDIT} micro_batch_tokens, logit_mb, or set gradient_checkpointing"),
+    "rollout": ("rollout", f"{EDIT} terminals, prefill_tokens"),
+    "observation_logprobs": ("scoring of observations", f"{EDIT} prefill_tokens, logit_mb"),
 }
 
 
@@ -40,18 +34,18 @@ def enough_memory(advice: str = ""):
 
 
 def ran_out(error: Exception) -> bool:
+    """Of memory, as torch, Python, CUDA and cuBLAS say it."""
     texts = "can't allocate memory", "can't start new thread", "CUDA error: out of memory", "ALLOC_FAILED"
-    said = any(text in str(error) for text in texts)  # by torch, Python, CUDA, cuBLAS
-    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return memory or any(text in str(error) for text in texts)
 
 
 def on_this_machine(config: Config) -> Config:
     """Set torch's threads and settle device "auto". Raises ValueError if the device is not there."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    device = here if config.device == "auto" else config.device
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from echo_min.config import Config
+from echo_min.config import Config, RunEnded
 
 
 def lost_updates(config: Config) -> str:
@@ -21,7 +21,7 @@ def lost_updates(config: Config) -> str:
 
 
 def make_optimizer(model, config: Config) -> torch.optim.Optimizer:
-    """AdamW over all weights; its learning rate is set by each step. Raises ValueError without torchao."""
+    """AdamW over all weights; its learning rate is set by each step. Raises RunEnded without torchao."""
     options = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         if warning := lost_updates(config):
@@ -30,7 +30,7 @@ def make_optimizer(model, config: Config) -> torch.optim.Optimizer:
     try:
         from torchao.optim import AdamW8bit  # also makes its states known to torch.load
     except ImportError as error:
-        raise ValueError(f"optimizer: adamw8bit needs torchao: pip install '.[gpu]' ({error})") from None
+        raise RunEnded(f"optimizer: adamw8bit needs torchao: pip install '.[gpu]' ({error})") from None
     return AdamW8bit(model.parameters(), bf16_stochastic_round=True, **options)
 
 

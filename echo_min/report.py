@@ -1,6 +1,7 @@
 """What a run leaves to look at: metrics.jsonl, a progress bar, curves.png, transcripts in text and colour."""
 
 import json
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,19 +20,23 @@ COLOURS = {"grpo": "#777777", "echo": "#d1495b"}
 
 
 def log(path: Path, record: dict) -> None:
-    """Append one JSON line; floats keep six digits."""
+    """Append one JSON line, at once on disk; floats keep six digits."""
     record = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
     with open(path, "a") as file:
         file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # a checkpoint must not outlive the lines of its steps
 
 
 def tracker_package(config: Config):
-    """trackio or wandb, whose calls are the same, or None. Raises ValueError if it is not installed."""
+    """trackio or wandb, whose calls are the same, or None. Raises ValueError if it can't be had."""
     if config.tracker == "none":
         return None
     try:
         package = import_module(config.tracker)
-    except ImportError:
+    except Exception as error:  # of another's code
+        if not isinstance(error, ModuleNotFoundError) or error.name != config.tracker:
+            raise ValueError(f"tracker: {config.tracker} can't be imported: {error!r}") from error
         package = None
     if not hasattr(package, "init"):  # what is there may be a folder of its logs
         raise ValueError(f"tracker: pip install {config.tracker}; it is not here")
@@ -69,8 +74,9 @@ def metrics_log(path: Path, arm: str, config: Config):
 def progress(metrics: dict, results: dict, episodes: int) -> str:
     """Of the bar: what the step and the last evaluation gave."""
     speed = episodes / (metrics["rollout_seconds"] + metrics["update_seconds"])
+    ce = metrics.get("observation_ce", metrics.get("control_ce", 0))
     shown = f"pass {results.get('pass_rate', 0):.2f}, reward {metrics['reward']:.2f}"
-    return f"{shown}, CE {metrics['observation_ce']:.2f}, {speed:.0f} rollouts/s"
+    return f"{shown}, CE {ce:.2f}, {speed:.0f} rollouts/s"
 
 
 def read(path: Path) -> list[dict]:
@@ -137,6 +143,8 @@ def collapse_alarm(history: list[dict], window: int = 20) -> str | None:
     (paper, section 4)."""
     if len(history) < 2 * window:
         return None
+    if any("observation_ce" not in r for r in history[-2 * window :]):  # a control's: not what was printed
+        return None
 
     def change(key: str) -> tuple[float, float]:
         """-> its means over the window before and the last one."""
@@ -156,8 +164,9 @@ def printable(text: str) -> str:
 
 def tokens_with_surprise(tokenizer, transcript: Transcript, logprobs: dict[int, float]) -> list[Token]:
     """logprobs: position -> nats. A character split over several tokens shows as one mark a token."""
-    written = enumerate(zip(transcript.ids, transcript.roles, strict=True))
-    return [(printable(tokenizer.decode([i])), Role(role), -logprobs.get(t, 0.0)) for t, (i, role) in written]
+    texts = [printable(tokenizer.decode([i])) for i in transcript.ids]
+    nats = [round(0.0 - logprobs.get(t, 0.0), 3) for t in range(len(transcript))]
+    return list(zip(texts, map(Role, transcript.roles), nats, strict=True))
 
 
 def ansi(tokens: list[Token]) -> str:

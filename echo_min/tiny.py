@@ -32,19 +32,8 @@ def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTo
 def tiny_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
     """From random weights."""
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=32,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "max_position_embeddings": 2048}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    sizes |= {"vocab_size": len(tokenizer), "tie_word_embeddings": True}
+    return Qwen3ForCausalLM(Qwen3Config(**sizes, **layers, **ids))

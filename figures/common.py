@@ -1,7 +1,8 @@
 """What the figure scripts share: runs and their data, jobs on every core, statistics, one style.
 
-A script's jobs are its runs: {key: (arm, Config)}. A finished run's lines stand in figures/data/SCRIPT.jsonl,
-each with the run's key and a digest of its Config; a run whose lines are there is never repeated.
+A script's jobs are its runs: {key: (arm, control or "", Config)}. A finished run's lines stand in
+figures/data/SCRIPT.jsonl, each with the run's key, arm, control and a digest of its Config; a run whose lines
+are there is never repeated.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -24,82 +25,106 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # the scripts in figures/ import train and eval
+sys.path.insert(0, str(ROOT))  # the scripts in figures/ import train and echo_min
+
+import controls  # noqa: E402
 
 import train  # noqa: E402
 from echo_min import report  # noqa: E402
 from echo_min.config import Config  # noqa: E402
+from echo_min.machine import on_this_machine  # noqa: E402
 from echo_min.sft import make_base  # noqa: E402
-from echo_min.worlds.registry import load_world  # noqa: E402
+from echo_min.tasks import World  # noqa: E402
+from echo_min.worlds.registry import load_tasks  # noqa: E402
 
 DATA, PNG, RUNS = ROOT / "figures" / "data", ROOT / "figures" / "png", Path("runs") / "figures"
 COLOURS = report.COLOURS | {
     "base": "#bbbbbb",
     "floor": "#2e7d5b",
     "echo 0.05": "#e8a0a8",
+    "placebo": "#3d6c9e",
+    "placebo_words": "#7a5aa6",
+    "placebo_outputs": "#5aa6a0",
     "lying": "#c98a2b",
 }
-Jobs = dict[str, tuple[str, Config]]
+Jobs = dict[str, tuple[str, str, Config]]
 SETTINGS = {"eval_tasks": 200, "save_every": 25}  # of every experiment
-
-
-# ---- runs ----
+FROZEN = {  # settings as they were when digests began: a default may change, these never do
+    "seed": 1, "arms": "grpo,echo", "control": "", "tasks": "world:tool", "backend": "sandbox",
+    "terminals": 64, "harness": "plain", "max_turns": 3, "max_action_tokens": 12, "output_chars": 160,
+    "context": 192, "format_stage": False, "dtype": "float32", "base_demonstrations": 1500,
+    "base_steps": 300, "base_batch": 64, "base_learning_rate": 2e-3, "base_observation_weight": 0.3,
+    "steps": 100, "tasks_per_step": 8, "group_size": 8, "temperature": 1.0, "policy_weight": 1.0,
+    "env_weight": 0.05, "observation_temperature": 1.0, "observation_norm": "observation",
+    "policy_norm": "sequence", "parsed_only": False, "warnings_as_targets": False, "clip_low": 0.2,
+    "clip_high": 0.28, "optimizer": "adamw", "learning_rate": 6e-4, "warmup_steps": 0, "beta1": 0.9,
+    "beta2": 0.95, "weight_decay": 0.01, "grad_clip": 1.0, "micro_batch_tokens": 2048, "eval_every": 25,
+    "eval_tasks": 100, "save_every": 1,
+}  # fmt: skip
+MEANS = "reward", "command_diversity", "trivial_failures", "true_targets", "warning_tokens"  # over steps
+# what says where and how a run is made; model: of every experiment a base that its other settings name
+PLACE = """name model device threads allow_network tracker prefill_tokens logit_mb
+    gradient_checkpointing""".split()
 
 
 def digest(config: Config) -> str:
-    """Of every setting but those that say where and on what a run is made, or that no experiment changes."""
-    other = """name device threads model allow_network tracker harness dtype optimizer prefill_tokens logit_mb
-        gradient_checkpointing format_stage""".split()
-    settings = {k: v for k, v in asdict(config).items() if k not in other}
+    """Of the settings that differ from FROZEN; one that is not in it counts if it differs from its default.
+    So a setting that is added or taken away later leaves the digests of all runs without it as they are."""
+    neutral = {f.name: f.default for f in fields(config)} | FROZEN
+    settings = {k: v for k, v in asdict(config).items() if k not in PLACE and v != neutral[k]}
     return hashlib.sha1(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def world_of(config: Config) -> World:
+    return load_tasks(config.tasks, config.allow_network, config.seed)
 
 
 def base(config: Config, seed: int) -> Path:
     """The base policy of a world (and turns, strength, seed), made if it is not there yet."""
-    world = config.tasks.removeprefix("world:").split("-")[0]  # tool-linked starts from tool's
+    world = config.tasks.removeprefix("world:").split(",")[0]  # one for all dials
     strength = f"{config.base_observation_weight:g}"
     path = RUNS / "bases" / f"{world}-{config.max_turns}-{strength}-{config.base_steps}-{seed}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f"{path.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            config = train.on_this_machine(replace(config, seed=seed, tasks=f"world:{world}"))
-            make_base(config, load_world(world), path)
+            config = on_this_machine(replace(config, seed=seed, tasks=f"world:{world}"))
+            make_base(config, world_of(config), path)
     return path
 
 
-def train_run(key: str, arm: str, config: Config) -> list[dict]:
+def train_run(key: str, arm: str, control: str, config: Config) -> list[dict]:
     """Train one arm, or what is left of it. -> a line an evaluation, with means of the steps before."""
     folder = RUNS / key
-    train.main(replace(config, name=key.replace("/", "-"), arms=arm), folder)
+    run = replace(config, name=key.replace("/", "-"), arms=arm, control=control)
+    train.main(run, folder, control=controls.named(control))
+    about = {"key": key, "config": digest(config), "world": config.tasks.removeprefix("world:"), "arm": arm}
+    about |= {"control": control} if control else {}
+    about |= {"env_weight": config.env_weight if arm != "grpo" else 0.0, "seed": config.seed}
     lines, since = [], []
     for r in report.read(folder / "metrics.jsonl"):
         if "reward" in r:
             since.append(r)
         if "pass_rate" in r:
-            line = {"key": key, "config": digest(config), "world": config.tasks.removeprefix("world:")}
-            line |= {"arm": arm, "env_weight": config.env_weight if arm != "grpo" else 0.0}
-            line |= {"seed": config.seed, "step": r["step"], "pass_rate": r["pass_rate"]}
+            line = about | {"step": r["step"], "pass_rate": r["pass_rate"], "tasks": r["eval_tasks"]}
             line |= {"pass_rate_greedy": r["pass_rate_greedy"], "observation_ce": r["expert_ce"]}
-            for name in ("reward", "command_diversity", "trivial_failures", "warning_tokens"):
-                if since:
-                    line[name] = round(fmean(s[name] for s in since), 5)
+            for name in MEANS:
+                if values := [s[name] for s in since if name in s]:
+                    line[name] = round(fmean(values), 5)
             lines.append(line)
             since = []
     return lines
-
-
-# ---- jobs ----
 
 
 def load(experiment: str, jobs: Jobs) -> list[dict]:
     """The experiment's lines. Says which jobs are missing or made with other settings, and the command that
     makes them; ends the program if there is nothing at all."""
     path, command = DATA / f"{experiment}.jsonl", f"python figures/{experiment}.py --run"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    have = {line["key"]: line["config"] for line in lines}
+    lines = report.read(path)
+    have = {line["key"]: (line["arm"], line.get("control", ""), line["config"]) for line in lines}
     missing = [key for key in jobs if key not in have]
-    other = [key for key, (_, config) in jobs.items() if have.get(key, digest(config)) != digest(config)]
+    wanted = {key: (arm, control, digest(config)) for key, (arm, control, config) in jobs.items()}
+    other = [key for key in jobs if have.get(key, wanted[key]) != wanted[key]]
     if other:
         sys.exit(f"{path.name}: made with other settings: {', '.join(other)}; remove them, then {command}")
     if len(missing) == len(jobs):
@@ -114,7 +139,7 @@ def main(
     experiment: str,
     about: str,
     jobs: Jobs,
-    run: Callable[[str, str, Config], list[dict]],
+    run: Callable[[str, str, str, Config], list[dict]],
     draw: Callable[[list[dict]], None],
 ) -> None:
     """The command line of a figure script: redraw from data, make what is missing, or make one run."""
@@ -136,8 +161,7 @@ def main(
             file.write("".join(json.dumps(line) + "\n" for line in lines))
         return
     if args.run:
-        path = DATA / f"{experiment}.jsonl"
-        done = {json.loads(line)["key"] for line in path.read_text().splitlines()} if path.exists() else set()
+        done = {line["key"] for line in report.read(DATA / f"{experiment}.jsonl")}
         todo = [key for key in jobs if key not in done and re.search(args.only, key)]
         run_all([[f"figures/{experiment}.py", *["--quick"] * args.quick, "--job", key] for key in todo])
     draw(load(experiment, jobs))
@@ -152,9 +176,10 @@ def quick(jobs: Jobs) -> Jobs:
     """At most a dozen jobs of the first seed, tiny; all they write goes to runs/quick."""
     global DATA, PNG, RUNS
     DATA, PNG, RUNS = (Path("runs") / "quick" / name for name in ("data", "png", "runs"))
-    seed = min(config.seed for _, config in jobs.values())
-    first = [key for key, (_, config) in jobs.items() if config.seed == seed]
-    return {key: (jobs[key][0], tiny(jobs[key][1])) for key in first[:: -(-len(first) // 12)]}
+    seed = min(config.seed for *_, config in jobs.values())
+    first = {key: job for key, job in jobs.items() if job[-1].seed == seed}
+    some = list(first)[:: -(-len(first) // 12)]
+    return {key: (*first[key][:-1], tiny(first[key][-1])) for key in some}
 
 
 def run_all(commands: list[list[str]]) -> None:

@@ -3,7 +3,7 @@
 python figures/held_out_ce.py    draws it from the data of learning_curves.py; there is nothing else to run
 """
 
-import sys
+import argparse
 
 import common
 import learning_curves
@@ -62,6 +62,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
     main()

@@ -38,7 +38,7 @@ def jobs() -> common.Jobs:
         settings |= {"tasks": f"world:{world}", "max_turns": turns, "steps": steps, "seed": seed}
         settings |= learning_curves.TUNED.get(world, {})
         config = Config(**common.SETTINGS, **settings, env_weight=weight)
-        found[f"{scene}/{kind}/{weight:g}/{seed}"] = ("echo" if weight else "grpo"), config
+        found[f"{scene}/{kind}/{weight:g}/{seed}"] = ("echo" if weight else "grpo"), "", config
 
     for strength, (base_weight, weights) in BASES.items():
         for seed in SEEDS:
@@ -52,9 +52,9 @@ def jobs() -> common.Jobs:
     return found
 
 
-def run(key: str, arm: str, config: Config) -> list[dict]:
+def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
     """Every seed starts from the same base: of its scene and strength."""
-    return common.train_run(key, arm, replace(config, model=str(common.base(config, seed=11))))
+    return common.train_run(key, arm, control, replace(config, model=str(common.base(config, seed=11))))
 
 
 # ---- pictures and tables ----

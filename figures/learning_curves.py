@@ -6,20 +6,20 @@ python figures/learning_curves.py --run    makes the runs that are missing
 
 import random
 from dataclasses import replace
-from math import comb
+from math import isnan
 from statistics import fmean
 
 import common
 import matplotlib.pyplot as plt
 
-import train
 from echo_min import checkpoint
+from echo_min.checkpoint import load_policy
 from echo_min.config import Config
-from echo_min.policy import load_policy
-from echo_min.rollout import sample_episodes
+from echo_min.evaluate import expert_transcripts, observation_ce
+from echo_min.machine import on_this_machine
+from echo_min.report import pass_at_k
+from echo_min.rollout import Episode, Noise, sample_episodes
 from echo_min.sft import record, supervise
-from echo_min.worlds.registry import load_world
-from eval import expert_transcripts, observation_ce
 
 EXPERIMENT = "learning_curves"
 SEEDS = 1, 2, 3, 4, 5
@@ -28,25 +28,23 @@ SCENES = {  # name -> (world, turns, steps, lambda chosen on a development seed,
     "tool": ("tool", 1, 100, 1.0, "tool, one call"),
     "tool3": ("tool", 3, 100, 1.0, "tool, three calls"),
     "file": ("file", 3, 50, 1.0, "files, three calls"),
-    "python": ("python", 1, 100, 1.0, "python, one call"),
 }
 TUNED = {  # chosen on development seeds; else the defaults
     "file": {"base_steps": 600, "learning_rate": 3e-4},
-    "python": {"max_action_tokens": 24},  # a call alone takes 16
 }
 CONTROL_STEPS = 75  # of the placebos and of the lying terminal
-ARMS = {  # name -> (arm, lambda or None for the chosen one)
-    "grpo": ("grpo", 0.05),
-    "echo": ("echo", None),
-    "echo 0.05": ("echo", 0.05),
-    "placebo": ("placebo", None),
-    "placebo_words": ("placebo_words", None),
-    "placebo_outputs": ("placebo_outputs", None),
-    "lying": ("echo", None),  # at a tool whose usage lines show wrong words
-    "placebo_words 0.05": ("placebo_words", 0.05),
-    "placebo_outputs 0.05": ("placebo_outputs", 0.05),
-    "lying 0.05": ("echo", 0.05),
-    "floor": ("floor", 1.0),
+ARMS = {  # name -> (arm, control, lambda or None for the chosen one)
+    "grpo": ("grpo", "", 0.05),
+    "echo": ("echo", "", None),
+    "echo 0.05": ("echo", "", 0.05),
+    "placebo": ("echo", "placebo", None),
+    "placebo_words": ("echo", "placebo_words", None),
+    "placebo_outputs": ("echo", "placebo_outputs", None),
+    "lying": ("echo", "", None),  # at a tool whose usage lines show wrong words
+    "placebo_words 0.05": ("echo", "placebo_words", 0.05),
+    "placebo_outputs 0.05": ("echo", "placebo_outputs", 0.05),
+    "lying 0.05": ("echo", "", 0.05),
+    "floor": ("floor", "", 1.0),
 }
 LABELS = {
     "grpo": "GRPO",
@@ -68,41 +66,50 @@ def jobs() -> common.Jobs:
     found = {}
     for scene, (world, turns, steps, chosen, _) in SCENES.items():
         for seed in SEEDS:
-            for name, (arm, weight) in ARMS.items():
-                control = name not in (*MAIN, "floor")
+            for name, (arm, control, weight) in ARMS.items():
                 if name not in MAIN and scene != HEADLINE:
                     continue
-                tasks = f"world:{world}" + ("-lying" if name.startswith("lying") else "")
+                tasks = f"world:{world}" + (",usage=lying" if name.startswith("lying") else "")
                 settings = {"tasks": tasks, "max_turns": turns, "seed": seed} | TUNED.get(world, {})
-                settings["steps"] = CONTROL_STEPS if control else steps
+                settings["steps"] = steps if name in (*MAIN, "floor") else CONTROL_STEPS
                 settings["env_weight"] = chosen if weight is None else weight
-                found[f"{scene}/{name}/{seed}"] = arm, Config(**common.SETTINGS, **settings)
-    return dict(sorted(found.items(), key=lambda job: job[1][1].seed))
+                found[f"{scene}/{name}/{seed}"] = arm, control, Config(**common.SETTINGS, **settings)
+    return dict(sorted(found.items(), key=lambda job: job[1][-1].seed))
 
 
-def run(key: str, arm: str, config: Config) -> list[dict]:
+def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
     config = replace(config, model=str(common.base(config, config.seed)))
     if arm == "floor":
         return [floor(key, config)]
-    lines = common.train_run(key, arm, config)
+    lines = common.train_run(key, arm, control, config)
     model, tokenizer = load_policy(checkpoint.latest(common.RUNS / key / arm)[1])
-    held_out = load_world(config.tasks.removeprefix("world:")).held_out[: config.eval_tasks]
-    episodes = sample_episodes(model, tokenizer, held_out, 8, config, (4, config.seed))
-    passed = [sum(e.reward for e in episodes[i : i + 8]) for i in range(0, len(episodes), 8)]
-    for k in (1, 2, 4, 8):  # Chen et al. 2021: no bias
-        lines[-1][f"pass_at_{k}"] = fmean(1 - comb(8 - int(c), k) / comb(8, k) for c in passed)
+    held_out = common.world_of(config).held_out[: config.eval_tasks]
+    key = Noise.PASS_AT_K, config.seed
+    lines[-1] |= pass_rates(sample_episodes(model, tokenizer, held_out, 8, config, key))
     return lines
+
+
+def pass_rates(episodes: list[Episode]) -> dict[str, float]:
+    """pass@k, the mean over the tasks with at least k graded episodes; none, no entry."""
+    graded: dict[int, list[bool]] = {}
+    for episode in episodes:
+        if not isnan(episode.reward):  # the infrastructure failed, not the policy
+            graded.setdefault(episode.group, []).append(episode.reward == 1)
+    rates = {}
+    for k in (1, 2, 4, 8):
+        if tasks := [passed for passed in graded.values() if len(passed) >= k]:
+            rates[f"pass_at_{k}"] = fmean(pass_at_k(sum(passed), len(passed), k) for passed in tasks)
+    return rates
 
 
 def floor(key: str, config: Config) -> dict:
     """How low supervision alone gets: the base, trained on the observations of expert episodes."""
-    config = train.on_this_machine(config)
-    world = load_world(config.tasks.removeprefix("world:"))
+    config = on_this_machine(config)
+    world = common.world_of(config)
     model, tokenizer = load_policy(config.model)
     rng = random.Random("expert")
     training = record(tokenizer, [(task, world.expert(task, rng)) for task in world.train], config)
-    transcripts = [e.transcript for e in training]
-    supervise(model, transcripts, replace(config, base_observation_weight=1.0), action_weight=0.0)
+    supervise(model, training, replace(config, base_observation_weight=1.0), action_weight=0.0)
     ce = observation_ce(model, expert_transcripts(tokenizer, world, config), config)
     line = {"key": key, "config": common.digest(config), "arm": "floor", "seed": config.seed}
     return line | {"observation_ce": ce}
@@ -121,11 +128,8 @@ def draw(lines: list[dict]) -> None:
         ("pass_rate", EXPERIMENT, "pass rate, held-out tasks"),
         ("pass_rate_greedy", f"{EXPERIMENT}_greedy", "greedy pass rate, held-out tasks"),
     ):
-        fig, ((*axes,), (*more, rest)) = plt.subplots(2, 3, figsize=(15, 9), sharey=True)
-        axes += more
-        for ax in [*axes[len(scenes) :], rest]:
-            ax.axis("off")
-        for ax, scene in zip(axes, scenes, strict=False):
+        fig, axes = plt.subplots(2, 2, figsize=(11, 9.6), sharey=True)
+        for ax, scene in zip(axes.flat, scenes, strict=False):
             for arm in LABELS:
                 colour = common.COLOURS.get(arm) or common.COLOURS[arm.removesuffix(" 0.05")]
                 dashes = "-" if arm in MAIN else ":" if arm.endswith("0.05") else "--"
@@ -134,8 +138,9 @@ def draw(lines: list[dict]) -> None:
             title = f"{SCENES[scene][4]} ($\\lambda$ = {SCENES[scene][3]:g}, {seeds} seeds)"
             common.style(ax, xlabel="step", ylabel=label, ylim=(0, 1.02))
             ax.set_title(title, fontsize=12)
-        rest.legend(*axes[0].get_legend_handles_labels(), loc="center", frameon=False, fontsize=12)
-        fig.tight_layout()
+        handles = axes[0, 0].get_legend_handles_labels()
+        fig.legend(*handles, loc="lower center", ncols=3, frameon=False, fontsize=10)
+        fig.tight_layout(rect=(0, 0.1, 1, 1))
         common.save(fig, name)
     for scene in scenes:
         table(lines, scene)

@@ -25,8 +25,8 @@ import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from echo_min.config import Config
-from echo_min.policy import tiny_model, tiny_tokenizer
 from echo_min.sampler import Sampler
+from echo_min.tiny import tiny_model, tiny_tokenizer
 from echo_min.worlds.registry import load_world
 
 # episodes, prompt, observations (from, to), reply: tokens
@@ -36,7 +36,7 @@ TURNS, PAGE = 8, 32
 
 
 def tiny():
-    texts = [text for task in load_world("tool").train for text in (task.instruction, task.solution)]
+    texts = [text for task in load_world("tool", 1).train for text in (task.instruction, task.solution)]
     return tiny_model(tiny_tokenizer(texts), seed=0)
 
 

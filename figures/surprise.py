@@ -1,11 +1,13 @@
 """One episode of the scripted expert, each terminal token shaded by the surprise of base, GRPO and ECHO.
 
-    python figures/surprise.py                   redraws the picture from figures/data
-    python figures/surprise.py --run runs/tiny   scores the episode with the checkpoints of a finished run
+python figures/surprise.py             redraws the picture from figures/data
+python figures/surprise.py --run RUN   scores an episode with the checkpoints of a finished run, base, grpo
+                                       and echo, and draws it there: RUN/surprise.json, RUN/surprise.png
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,28 +16,27 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 from echo_min import checkpoint, report
+from echo_min.checkpoint import load_policy
 from echo_min.config import Config
+from echo_min.evaluate import expert_transcripts, observation_logprobs
 from echo_min.masking import Role
-from echo_min.policy import load_policy
-from echo_min.worlds.registry import load_world
-from eval import expert_transcripts, observation_logprobs
 
-DATA = common.DATA / "surprise.json"
+TITLES = {"base": "base policy", "grpo": "after GRPO", "echo": "after ECHO"}
 
 
-def run(folder: Path) -> None:
+def score(folder: Path) -> None:
+    """Writes surprise.json to the run's folder. Raises ValueError if it has no such checkpoints."""
     config = Config.load(folder / "config.json")
-    world = load_world(config.tasks.removeprefix("world:"))
+    world = common.world_of(config)
     panels = {}
-    for title in ("base", "grpo", "echo"):
+    for title in TITLES:
         found = checkpoint.latest(folder / title)
         model, tokenizer = load_policy(found[1] if found else folder / title)
         transcript = expert_transcripts(tokenizer, world, config)[0]
         (logprobs,) = observation_logprobs(model, [transcript], config)
         tokens = report.tokens_with_surprise(tokenizer, transcript, logprobs)
         panels[title] = [(text, int(role), round(nats, 3)) for text, role, nats in tokens]
-    common.DATA.mkdir(parents=True, exist_ok=True)
-    DATA.write_text(json.dumps(panels) + "\n")
+    (folder / "surprise.json").write_text(json.dumps(panels) + "\n")
 
 
 def draw(panels: dict[str, list[report.Token]], path: Path, columns: int = 60) -> None:
@@ -84,20 +85,25 @@ def _layout(tokens: list[report.Token], columns: int) -> list[tuple[int, int, st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, metavar="RUN", help="a finished run with base, grpo and echo")
     args = parser.parse_args()
-    if args.run:
-        run(args.run)
-    if not DATA.exists():
-        sys.exit(f"{DATA} is missing; after make train: python figures/surprise.py --run runs/tiny")
-    titles = {"base": "base policy", "grpo": "after GRPO", "echo": "after ECHO"}
+    try:
+        if args.run:
+            score(args.run)
+        data = (args.run or common.DATA) / "surprise.json"
+        saved = json.loads(data.read_text())
+    except (OSError, ValueError) as error:
+        sys.exit(f"surprise.py: {error}")
     panels = {}
-    for name, tokens in json.loads(DATA.read_text()).items():
-        panels[titles[name]] = [(text, Role(role), nats) for text, role, nats in tokens]
-    common.PNG.mkdir(parents=True, exist_ok=True)
-    draw(panels, common.PNG / "surprise.png", columns=40)
-    print("figures/png/surprise.png")
+    for name, tokens in saved.items():
+        panels[TITLES[name]] = [(text, Role(role), nats) for text, role, nats in tokens]
+    picture = (args.run or common.PNG) / "surprise.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(panels, picture, columns=40)
+    print(os.path.relpath(picture))
 
 
 if __name__ == "__main__":

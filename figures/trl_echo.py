@@ -15,9 +15,11 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
+from echo_min.checkpoint import load_policy
 from echo_min.config import Config
-from echo_min.masking import Role, observation_weights
-from echo_min.policy import load_policy, marker_ids
+from echo_min.echo import observation_mask, observation_weights
+from echo_min.masking import Role
+from echo_min.policy import marker_ids
 from echo_min.rollout import Episode, rollout
 from echo_min.sampler import Reply
 from echo_min.tasks import Task
@@ -35,7 +37,9 @@ class EchoTrainer(GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)  # puts rollout_func's own fields into inputs
         roles = [torch.tensor(row["roles"]) for row in inputs]
         padded = pad_sequence(roles, batch_first=True, padding_value=int(Role.SCAFFOLD))
-        return batch | {"env_weights": observation_weights(padded)}  # [B, T of the completions]
+        return batch | {
+            "env_weights": observation_weights(padded, observation_mask(padded))
+        }  # [B, T of the completions]
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)

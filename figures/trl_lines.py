@@ -6,6 +6,7 @@ loop around the step; and all such lines of the files that hold them. Of torch, 
 packages nothing is counted. Both need transformers' model and tokenizer, this library's roles and terminals.
 """
 
+import argparse
 import inspect
 import sys
 import tempfile
@@ -22,7 +23,6 @@ from trl_speed import SETTINGS, Ours
 import train
 from echo_min.config import Config
 from echo_min.terminals import bubblewrap
-from echo_min.worlds.registry import load_world
 
 PACKAGES = "trl", "transformers", "accelerate"
 
@@ -68,7 +68,7 @@ def lines(codes: set[CodeType]) -> set[tuple[str, str, int]]:
 
 def main() -> None:
     config = Config(**SETTINGS)
-    base, world = common.base(config, config.seed), load_world(config.tasks.removeprefix("world:"))
+    base, world = common.base(config, config.seed), common.world_of(config)
     tasks = train.pick_tasks(world.train, 0, config)
     with tempfile.TemporaryDirectory() as folder:
         prompts = [task.instruction for task in tasks]
@@ -76,7 +76,7 @@ def main() -> None:
         trainer.add_callback(Watch)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    ours, codes = Ours(base, [tasks], config), {train.train_arm.__code__}
+    ours, codes = Ours(base, [tasks], config), {train.train_arm.__code__, train.train_step.__code__}
     watch(codes)
     ours.step(0)
     watch(None)
@@ -94,5 +94,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
     main()

@@ -22,12 +22,15 @@ import trl_echo
 from transformers import PrinterCallback, TrainerCallback
 
 import train
+from echo_min.batch import make_batch
+from echo_min.checkpoint import load_policy
 from echo_min.config import Config
 from echo_min.masking import Role
-from echo_min.policy import load_policy, marker_ids
-from echo_min.rollout import Episode, Script, batch_metrics, rollout, sample_episodes
+from echo_min.optimizer import make_optimizer
+from echo_min.policy import marker_ids
+from echo_min.rollout import Episode, Noise, batch_metrics, rollout, sample_episodes
 from echo_min.sampler import Sampler
-from echo_min.worlds.registry import load_world
+from echo_min.sft import Script
 
 AGENTS = {"TRL": trl_echo.Generate, "TRL, cache kept": trl_echo.GenerateOn}
 OURS, FLOOR = "ours", "terminals alone"
@@ -52,16 +55,16 @@ class Ours:
     def __init__(self, base: Path, tasks: list, config: Config):
         self.model, self.tokenizer = load_policy(base)
         self.tasks, self.config = tasks, config  # tasks: a list a step
-        options = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), **options)
+        self.optimizer = make_optimizer(self.model, config)
 
     def step(self, n: int) -> dict:
         started, config, policy = clock(), self.config, (self.model, self.tokenizer)
-        key = 1, config.seed, n
+        key = Noise.TRAINING, config.seed, n
         self.episodes = sample_episodes(*policy, self.tasks[n], config.group_size, config, key)
         record = batch_metrics(self.episodes)
         sampled = clock()
-        record |= train.update(self.model, self.optimizer, self.episodes, "echo", n, config)
+        batch = make_batch(self.episodes, config)
+        record |= train.update(self.model, self.optimizer, batch, "echo", n, config)
         return counts(self.episodes) | {"rollout": sampled - started, "grad_norm": record["grad_norm"]}
 
     def replay(self) -> dict:
@@ -129,7 +132,8 @@ def check(trainer, base: Path, prompts: list[str], config: Config) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.zero_grad = lambda: None  # the gradient stays to be read
     unclipped = replace(config, grad_clip=1e9)
-    record = train.update(model, optimizer, trainer.rollout_func.episodes, "echo", 0, unclipped)
+    batch = make_batch(trainer.rollout_func.episodes, config)
+    record = train.update(model, optimizer, batch, "echo", 0, unclipped)
     ours = torch.cat([p.grad.flatten() for p in model.parameters()])
     our_loss = record["policy_loss"] + config.env_weight * record["env_loss"]
     print(
@@ -142,7 +146,7 @@ def check(trainer, base: Path, prompts: list[str], config: Config) -> None:
 
 
 def measure(config: Config, rounds: int, path: Path) -> list[dict]:
-    base, world = common.base(config, config.seed), load_world(config.tasks.removeprefix("world:"))
+    base, world = common.base(config, config.seed), common.world_of(config)
     sides = list(AGENTS) if config.max_turns > 1 else ["TRL"]  # one turn leaves nothing to keep
     tasks = [train.pick_tasks(world.train, step, config) for step in range(rounds + 1)]  # one more to warm up
     prompts = [task.instruction for row in tasks for _ in sides for task in row]

@@ -13,11 +13,11 @@ import matplotlib.pyplot as plt
 
 import train
 from echo_min import checkpoint
+from echo_min.checkpoint import load_policy
 from echo_min.config import Config
-from echo_min.policy import load_policy
-from echo_min.rollout import sample_episodes
+from echo_min.evaluate import graded
+from echo_min.rollout import Noise, sample_episodes
 from echo_min.worlds.registry import load_world
-from eval import graded
 
 EXPERIMENT = "verifier_free"
 SEEDS = learning_curves.SEEDS
@@ -27,10 +27,10 @@ FAMILIES = {
     "linked": "output follows from the command",
     "ambient": "output does not follow from the command",
 }
-ARMS = {  # name -> (start, arm, settings, colour, label)
-    "echo": ("echo", "echo", {}, common.COLOURS["echo"], "from ECHO"),
-    "parsed": ("echo", "echo", {"parsed_only": True}, "#e8a0a8", "from ECHO, parsed ones only (one seed)"),
-    "grpo": ("grpo", "echo", {}, common.COLOURS["grpo"], "from GRPO"),
+ARMS = {  # name -> (start, control, settings, colour, label)
+    "echo": ("echo", "", {}, common.COLOURS["echo"], "from ECHO"),
+    "parsed": ("echo", "", {"parsed_only": True}, "#e8a0a8", "from ECHO, parsed ones only (one seed)"),
+    "grpo": ("grpo", "", {}, common.COLOURS["grpo"], "from GRPO"),
     "placebo": ("echo", "placebo_words", {}, common.COLOURS["placebo"], "from ECHO, telling words exchanged"),
 }
 
@@ -39,24 +39,28 @@ def jobs() -> common.Jobs:
     found = {}
     for seed in SEEDS:
         for family in FAMILIES:
-            for name, (_, arm, settings, *_) in ARMS.items():
+            for name, (_, control, settings, *_) in ARMS.items():
+                if control and family == "ambient":
+                    continue  # its outputs hold no telling word
                 if name == "parsed" and seed != SEEDS[0]:
                     continue  # in one call a reply that is not parsed has no output: the filter never acts
-                settings = settings | {"tasks": f"world:{SCENE}-{family}", "seed": seed, "steps": STEPS}
-                settings |= {"max_turns": 1, "policy_weight": 0.0, "env_weight": 1.0, "eval_every": 10}
+                settings = settings | {"tasks": f"world:{SCENE},family={family}", "max_turns": 1}
+                settings |= {"seed": seed, "steps": STEPS, "eval_every": 10}
+                settings |= {"policy_weight": 0.0, "env_weight": 1.0}
                 settings |= {"learning_rate": 2e-4}  # chosen on a development seed; with 6e-4 it drifts away
-                found[f"{family}/{name}/{seed}"] = arm, Config(**common.SETTINGS, **settings)
+                found[f"{family}/{name}/{seed}"] = "echo", control, Config(**common.SETTINGS, **settings)
     return found
 
 
-def run(key: str, arm: str, config: Config) -> list[dict]:
+def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
     _, name, seed = key.split("/")
-    lines = common.train_run(key, arm, replace(config, model=str(start(ARMS[name][0], int(seed)))))
+    config = replace(config, model=str(start(ARMS[name][0], int(seed))))
+    lines = common.train_run(key, arm, control, config)
     _, last = checkpoint.latest(common.RUNS / key / arm)
     for line, path in ((lines[0], start(ARMS[name][0], int(seed))), (lines[-1], last)):
         model, tokenizer = load_policy(path)
-        trained = load_world(SCENE).held_out[: config.eval_tasks]
-        episodes = sample_episodes(model, tokenizer, trained, 1, config, (5, config.seed))
+        trained = load_world(SCENE, config.seed).held_out[: config.eval_tasks]
+        episodes = sample_episodes(model, tokenizer, trained, 1, config, (Noise.PASS_AT_K, config.seed))
         rewards = graded(episodes)
         line["pass_rate_trained"] = sum(rewards) / len(rewards)
     return lines
@@ -66,7 +70,7 @@ def start(arm: str, seed: int):
     """The last checkpoint of a run of learning_curves.py, which is made if it is not there."""
     key = f"{SCENE}/{arm}/{seed}"
     folder = common.RUNS / key / arm
-    arm, config = learning_curves.jobs()[key]
+    arm, _, config = learning_curves.jobs()[key]
     if common.Path("runs/quick") in common.RUNS.parents:
         config = common.tiny(config)
     if not (found := checkpoint.latest(folder)) or found[0] < config.steps:

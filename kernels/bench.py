@@ -36,9 +36,8 @@ def naive(hidden, weight, targets, active):
 
 def torch_linear_cross_entropy(hidden, weight, targets, active):
     """Only a sum or a mean over rows: no log-probabilities, no gradient of one's own per row."""
-    targets = targets.masked_fill(~active, -100)
-    options = torch.nn.LinearCrossEntropyOptions()
-    return -F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options)
+    options = {"reduction": "sum", "options": torch.nn.LinearCrossEntropyOptions()}
+    return -F.linear_cross_entropy(hidden, weight, targets.masked_fill(~active, -100), **options)
 
 
 def ours(share):

@@ -1,192 +1,119 @@
 """Break the code one line at a time and report which test notices: `make mutate`. Fails if one survives.
 
-Works on a copy; the checkout is not touched. `tests/mutate.py REGEX`: those whose "FILE: NAME" matches.
+tests/mutations.py lists what is broken and which test file should notice. It works on copies, one a worker;
+the checkout is not touched. `tests/mutate.py REGEX`: those whose "FILE: NAME" matches. `--table FILE` writes
+the table that is printed at the end.
 """
 
+import argparse
+import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+import time
+from collections import Counter
+from multiprocessing import get_context
 from pathlib import Path
 
+import numpy  # noqa: F401  # the tests run in forks of this process, which has loaded what takes seconds
+import pytest
+import torch
+import transformers
+
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from mutations import MUTATIONS  # noqa: E402
 
-# file -> (what breaks, old text, new text, the test file that should notice)
-MUTATIONS = {
-    "kernels/segment_logprob.py": [
-        ("the shift", "index_select(0, rows - 1)", "index_select(0, rows)", "segment_logprob"),
-        ("the shift, seen from the loss", "index_select(0, rows - 1)", "index_select(0, rows)", "objective"),
-    ],
-    "train.py": [
-        ("1/T of the policy loss", "head = config.temperature,", "head = 1.0,", "objective"),
-        (
-            "lambda in plain GRPO",
-            '0.0 if arm == "grpo" else config.env_weight',
-            "config.env_weight",
-            "objective",
-        ),
-        (
-            "weights of a micro-batch",
-            "w_a[a], config",
-            "w_a[a] * len(ids) / len(rows), config",
-            "objective",
-        ),
-        ("no verifier", "config.policy_weight * policy_loss", "policy_loss", "objective"),
-        ("parsed rollouts only", "if config.parsed_only:", "if False:", "objective"),
-        ("the telling words", "& torch.isin(ids, torch.tensor(words))", "", "objective"),
-        ("Ctrl-C saves", " or stopping:", ":", "kill"),
-        ("lines kept on resume", 'r["step"] <= first', 'r["step"] < first', "train"),
-    ],
-    "echo_min/grpo.py": [
-        ("the advantage's sign", "(r - r.mean())", "(r.mean() - r)", "objective"),
-        ("equal rewards", "if (r != r[0]).any():", "if True:", "objective"),
-        ("the upper clip", "1 + clip_high", "1 + clip_low", "objective"),
-        ("the pessimistic minimum", "torch.minimum", "torch.maximum", "objective"),
-    ],
-    "echo_min/echo.py": [
-        ("exchanged outputs", "n = min(len(own), len(outputs[other]))", "n = len(own)", "objective"),
-        ("the placebo", "targets[selected] = pool[", "targets[selected] = pool  # [", "objective")
-    ],
-    "echo_min/masking.py": [
-        (
-            "a swapped role",
-            "selected = roles == Role.OBS",
-            "selected = roles == Role.ACTION  # ",
-            "objective",
-        ),
-        ("warnings left out", "if warnings_as_targets else selected", "", "objective"),
-        ("the sequence normaliser", "1 / (len(roles) * tokens)", "1 / tokens", "objective"),
-        ("the token normaliser", "1 / (len(in_group) * in_group[index])", "1 / in_group[index]", "masking"),
-        ("|O| of the paper", "| (roles == Role.WARNING)).float()", ").float()", "objective"),
-        (
-            "the padding's role",
-            "roles = torch.full((B, T), Role.SCAFFOLD",
-            "roles = torch.full((B, T), 2",
-            "masking",
-        ),
-        (
-            "markers in hostile text",
-            '"split_special_tokens": role is not',
-            '"split_special_tokens": role is',
-            "masking",
-        ),
-        ("the tokenizer's lock", "with _one_at_a_time:", "if True:", "masking"),
-    ],
-    "echo_min/sampler.py": [
-        ("1/T of the sampler", "logits / self.config.temperature", "logits", "sampler"),
-        ("what a query sees", "slots <= positions", "slots < positions", "sampler"),
-        ("rows that leave", "store[i] = old[rows]", "store[i] = old[: len(rows)]", "sampler"),
-        ("one noise a row", "self.noise[row].random", "self.noise[0].random", "sampler"),
-        ("noise that was not used", "self.rows[row].drawn[len(ids) :]", "np.empty(0)", "sampler"),
-        ("the unread token", "self.rows[row].unread + ids", "ids", "sampler"),
-        ("a prompt read in parts", "range(start, stop)", "range(stop - start)", "sampler"),
-        ("the last logits of a part", "hidden[ends] = out", "hidden[ends] = 0 * out", "sampler"),
-        ("a smaller batch", "self._arrange(batch +", "(batch +", "sampler"),
-        ("layers of another kind", 'kind != "full_attention"', 'kind == "mamba"', "sampler"),
-    ],
-    "echo_min/rollout.py": [
-        ("a sandbox that cannot be had", "(TerminalDied, RunEnded)", "TerminalDied", "sick"),
-        ("too many failures", "if 2 * len(failed) > len(episodes):", "if False:", "sick"),
-        ("infra errors in the loss", "in (StopReason.DONE,", "in (*StopReason,", "objective"),
-        ("seats in use", "- len(unread) - len(leaving)", "", "rollout"),
-        ("who is graded", "is not StopReason.INFRA_ERROR:", "is StopReason.MAX_TURNS:", "rollout"),
-        ("the turn limit", "episode.turns == self.config", "episode.turns > self.config", "rollout"),
-        (
-            "the context limit",
-            "for _, ids in encoded) > self.config.context",
-            "for _, ids in encoded) > 1e9",
-            "rollout",
-        ),
-    ],
-    "echo_min/harness.py": [
-        ("an empty reply", "if not reply.strip():", "if False:", "rollout"),
-        ("first call", 'CALL.match(reply, reply.index("<tool_call>"))', "CALL.search(reply)", "harness"),
-        ("thinking that does not end", "if not closed:", "if False:", "harness"),
-    ],
-    "echo_min/optimizer.py": [
-        ("rounding keyed by step", "torch.manual_seed(seed)", "pass", "optimizer"),
-    ],
-    "echo_min/checkpoint.py": [
-        ("the optimizer on resume", "        optimizer.load_state_dict(", "        print(", "train"),
-        ("one writer", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB", "kill"),
-        ("what a kill left", 'folder.rglob("*.tmp")', 'folder.rglob("*.none")', "kill"),
-        ("whole or absent", 'folder.with_name(folder.name + ".tmp")', "folder", "train"),
-    ],
-    "echo_min/worlds/tool.py": [
-        ("the verifier's line", '$line == "{verb} {words}"', "$line", "worlds"),
-        ("the distractor", "&& ! -s {other} ]]", "]]", "worlds"),
-        ("held-out tasks", "for pair in pairs[200:]", "for pair in pairs[100:]", "worlds"),
-        ("what the terminal tells", "shown=$right", "shown=", "worlds"),
-    ],
-    "echo_min/terminals/sandbox.py": [
-        ("the verdict", 'return 1.0 if reply == b"0" else 0.0', "return 1.0", "sandbox"),
-        ("no verdict", 'if reply not in (b"0", b"1"):', "if False:", "sandbox"),
-        ("output that was cut", "len(text) > len(shown))", "False)", "sandbox"),
-        ("a command with a NUL", 'data.count(b"\\0") > 1 or ', "", "sandbox"),
-        ("a file outside of the work folder", 'or ".." in name.split("/")', "", "sandbox"),
-    ],
-    "echo_min/terminals/bubblewrap.py": [
-        ("a box that is not clean", '== b"1 0"', "is not None", "sandbox"),
-        ("a box of another kind", "if box.kind == (limits, tools):", "if True:", "sandbox"),
-        ("the filter", "0x00050000 | errno.ENOSYS", "0x7FFF0000", "sandbox"),
-        ("a read-only system", '"--remount-ro", "/", ', "", "sandbox"),
-        ("no network", "--unshare-all", "--unshare-user --unshare-pid --unshare-uts", "sandbox"),
-        ("the limit on processes", " -u $processes", "", "sandbox"),
-        ("the limit on memory", " -v $memory", "", "sandbox"),
-        ("the limit on files", " -f $file", "", "sandbox"),
-        ("its own pid namespace", "--disable-userns --unshare-pid", "--disable-userns", "sandbox"),
-    ],
-    "echo_min/terminals/supervisor.sh": [
-        ("processes left behind", "kill -KILL -- -1", ":", "sandbox"),
-        ("files left behind", 'rm -rf -- "${list[@]}"', ":", "sandbox"),
-        ("the folder's mode", "chmod 755 /work", ":", "sandbox"),
-        ("the filter's descriptor", "exec {filter}</opt/filter", "filter=9; exec 9</opt/filter", "sandbox"),
-    ],
-    "echo_min/terminals/relay.sh": [
-        ("late processes", "if [[ $late ]]; then reap; fi", "", "sandbox"),
-    ],
-    "echo_min/terminals/docker.py": [
-        ("the verifier's script", '"-c", BY_STDIN]', '"-c", script]', "container"),
-        ("private files", "chmod -R a+rX /work", ":", "container"),
-        ("what it holds", "size < 0 or ", "", "container"),
-        ("raw sockets", '["NET_RAW"]', "[]", "container"),
-    ],
-    "echo_min/worlds/harbor.py": [
-        ("several containers", "(found := folder / \"environment\" / name).exists()", "False", "harbor"),
-    ],
-}
+transformers.Qwen3ForCausalLM, transformers.AutoModelForCausalLM  # noqa: B018  # loaded by being named
+torch.set_num_threads(1)
+HANGS = 600  # seconds; no test file takes as long
 
 
-def caught_by(copy: Path, file: str, old: str, new: str, test: str) -> list[str]:
-    """-> names of the tests that fail when file's first `old` becomes `new`."""
-    path = copy / file
-    text = path.read_text()
-    if old not in text:
-        raise SystemExit(f"stale mutation: {file} no longer holds {old!r}")
-    path.write_text(text.replace(old, new, 1))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/test_{test}.py"]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
-    path.write_text(text)
-    return [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+def noticed_by(copy: Path, target: str) -> list[str]:
+    """-> names of the tests that fail. target: test_TARGET.py, or one test of it, as FILE::TEST."""
+    file, _, test = target.partition("::")
+    path, log = f"tests/test_{file}.py" + (f"::test_{test}" if test else ""), copy / "log"
+    if not (child := os.fork()):
+        os.setsid()
+        os.chdir(copy)
+        sys.path[:] = [str(copy), *(p for p in sys.path if not p.startswith(str(ROOT / "tests")))]
+        with open(log, "w") as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+        os._exit(int(pytest.main(["-x", "-q", "-m", "", "-p", "no:cacheprovider", "--rootdir", ".", path])))
+    started = time.monotonic()
+    while not (done := os.waitpid(child, os.WNOHANG))[0]:
+        time.sleep(0.05)
+        if time.monotonic() - started > HANGS:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return ["hangs"]
+    failed = [line.split(" - ")[0].split("::")[-1] for line in log.read_text().splitlines()
+              if line.startswith(("FAILED ", "ERROR "))]  # fmt: skip
+    if os.waitstatus_to_exitcode(done[1]) and not failed:
+        return ["the test file does not load or end: " + log.read_text()[-300:]]
+    return failed
+
+
+def work(todo, results) -> None:
+    """Take mutations until there are none, each in this worker's copy."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "copy")
+        ignore = shutil.ignore_patterns(".venv", "runs", ".git", "__pycache__", ".*_cache", "png", "*.jsonl")
+        shutil.copytree(ROOT, copy, ignore=ignore)
+        while mutation := todo.get():
+            file, name, old, new, target = mutation
+            text = (copy / file).read_text() if (copy / file).exists() else ""
+            if text.count(old) != 1:
+                results.put((file, name, None, target))
+                continue
+            (copy / file).write_text(text.replace(old, new))
+            results.put((file, name, noticed_by(copy, target), target))
+            (copy / file).write_text(text)
+
+
+def run(mutations: list[tuple]) -> Counter:
+    """-> (file, outcome) -> how many. Outcome: caught, SURVIVED or STALE."""
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": ""}
+    sys.dont_write_bytecode = True
+    fork = get_context("fork")
+    todo, results = fork.SimpleQueue(), fork.SimpleQueue()
+    workers = [fork.Process(target=work, args=(todo, results)) for _ in range(os.cpu_count() or 1)]
+    for worker in workers:
+        worker.start()
+    for mutation in [*mutations, *[None] * len(workers)]:
+        todo.put(mutation)
+    counts = Counter()
+    for _ in mutations:
+        file, name, failed, target = results.get()
+        outcome = "STALE" if failed is None else "caught" if failed else "SURVIVED"
+        counts[file, outcome] += 1
+        print(f"{outcome:8} {file}: {name}  [{target}] {' '.join(failed or [])}", flush=True)
+    return counts
+
+
+def table(counts: Counter) -> str:
+    rows = ["| file | mutations | caught |", "|---|---:|---:|"]
+    for file in sorted({file for file, _ in counts}):
+        total = sum(n for (name, _), n in counts.items() if name == file)
+        rows.append(f"| {file} | {total} | {counts[file, 'caught']} |")
+    caught = sum(n for (_, outcome), n in counts.items() if outcome == "caught")
+    return "\n".join([*rows, f"| all | {sum(counts.values())} | {caught} |"])
 
 
 def main() -> int:
-    survivors, done, only = [], 0, sys.argv[1] if sys.argv[1:] else ""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "copy"
-        ignore = shutil.ignore_patterns(".venv", "runs", ".git", "__pycache__", ".*_cache")
-        shutil.copytree(ROOT, copy, ignore=ignore)
-        for file, mutations in MUTATIONS.items():
-            for name, *mutation in mutations:
-                if not re.search(only, f"{file}: {name}"):
-                    continue
-                done += 1
-                tests = caught_by(copy, file, *mutation)
-                survivors += [] if tests else [name]
-                print(f"{'caught  ' if tests else 'SURVIVED'} {file}: {name}: {' '.join(tests)}", flush=True)
-    print(f"{done - len(survivors)} passed, {len(survivors)} failed")
-    return bool(survivors)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("regex", nargs="?", default="")
+    parser.add_argument("--table", type=Path)
+    args = parser.parse_args()
+    every = [(file, *mutation) for file, of_file in MUTATIONS.items() for mutation in of_file]
+    counts = run([m for m in every if re.search(args.regex, f"{m[0]}: {m[1]}")])
+    print(f"\n{table(counts)}")
+    if args.table:
+        args.table.write_text(f"One line broken at a time: does a test notice? `make mutate`\n\n{table(counts)}\n")
+    return sum(counts.values()) - sum(n for (_, outcome), n in counts.items() if outcome == "caught")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
 """
 
 import importlib.util
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +16,16 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config, Qwen3ForCausalLM
 
 import train
-from echo_min.config import PRESETS, Config
-from echo_min.estimate import GPUS, Estimate, days, report, skeleton
+from echo_min.batch import make_batch
+from echo_min.config import Config
+from echo_min.estimate import GPUS, Estimate, days, described, skeleton
 from echo_min.masking import Role
 from echo_min.optimizer import make_optimizer
+from echo_min.presets import PRESETS
 from echo_min.rollout import Episode, StopReason
 from echo_min.sampler import Sampler
-from tests.test_train import refused
 
+ROOT = Path(__file__).parent.parent
 MB = 1e6
 WIDE = dict(
     vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
@@ -76,7 +80,7 @@ def measured(model, config):
     episodes = full_episodes(config, 2 * config.micro_batch_tokens // config.context)
 
     def update(step):
-        train.update(model, optimizer, episodes, "echo", step, config)
+        train.update(model, optimizer, make_batch(episodes, config), "echo", step, config)
 
     update(0)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -126,7 +130,7 @@ def test_qwen3_8b_at_16k_on_one_gpu():
 
 
 def test_more_room_never_holds_less():
-    text = report(Config(**PRESETS["qwen3_8b"]))
+    text = described(Config(**PRESETS["qwen3_8b"]))
     table = [
         line.split() for line in text.splitlines() if line.split()[:1] and line.split()[0] in map(str, GPUS)
     ]
@@ -145,16 +149,20 @@ def test_more_room_never_holds_less():
     )
 
 
-def test_the_command_line(capsys, tmp_path):
-    train.cli(["--preset", "qwen3_8b", "--optimizer", "adamw", "--estimate"])
-    out = capsys.readouterr().out
-    assert "loses nearly every update" in out and "optimizer states" in out
-    assert "no/such-model: its config can't be" in refused(
-        train, ["--estimate", "--model", "no/such-model"], capsys
-    )
+def test_the_command_line(tmp_path):
+    def said(*flags):
+        command = [sys.executable, "-m", "echo_min.estimate", *flags]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    code, out = said("--preset", "qwen3_8b", "--optimizer", "adamw")
+    assert code == 0 and "loses nearly every update" in out and "optimizer states" in out
+    code, out = said("--model", "no/such-model")
+    assert code == 1 and out.startswith("estimate: no/such-model: its config can't be")
+    assert "Traceback" not in out
     GPT2Config().save_pretrained(tmp_path)
-    said = refused(train, ["--estimate", "--model", str(tmp_path)], capsys)
-    assert "not a decoder like Qwen3 or Llama" in said
+    code, out = said("--model", str(tmp_path))
+    assert code == 1 and "not a decoder like Qwen3 or Llama" in out
 
 
 @pytest.mark.slow

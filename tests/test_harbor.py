@@ -107,7 +107,7 @@ def test_layouts(tmp_path, layout):
 def test_a_world_of_tasks(tmp_path):
     for i in range(7):
         write(tmp_path / f"task-{i}", TB2)
-    world = load_tasks(str(tmp_path))
+    world = load_tasks(str(tmp_path), False, 0)
     assert [t.name for t in world.held_out] == ["task-0", "task-5"] and len(world.train) == 5
     task, commands = world.weak(random.Random(0))
     assert task in world.train and commands[-1] == "done"

@@ -8,10 +8,12 @@ from itertools import pairwise
 import pytest
 
 from echo_min import harness
+from echo_min import harness_qwen as qwen
 from echo_min.config import Config
 from echo_min.harness import END, Action, parse
 from echo_min.masking import Role, Transcript, encode
-from echo_min.rollout import Episode, Script, StopReason, rollout
+from echo_min.rollout import Episode, StopReason, rollout
+from echo_min.sft import Script
 from echo_min.tasks import Task
 from echo_min.terminal import Output
 
@@ -42,22 +44,22 @@ PAIR = "<parameter=command>b</parameter>"
         ("<tool_call><function=bash><parameter=command>ls</parameter></function></tool_call>", Action("ls")),
         (call("bash", command="echo '<tool_call>'"), Action("echo '<tool_call>'")),
         (call("bash", command="grep '<think>' log"), Action("grep '<think>' log")),
-        (BARE + BARE, Action("ls -l", warning=harness.ONE_CALL)),
-        (DONE + BARE, Action(done=True, warning=harness.ONE_CALL)),
-        ("<tool_call>broken" + BARE, Action(warning=harness.BAD_CALL)),  # the first call counts
-        ("ls -l", Action(warning=harness.NO_CALL)),
-        (f"<think>\nhm\n{BARE}", Action(warning=harness.UNCLOSED)),
-        ("<tool_call>\n</tool_call>", Action(warning=harness.BAD_CALL)),
-        (call("bash"), Action(warning=harness.BAD_CALL)),
-        (call("bash", command="a").replace("</f", PAIR + "</f"), Action(warning=harness.BAD_CALL)),
-        (call("bash", command=" "), Action(warning=harness.BAD_CALL)),
-        (call("bash", command="a", shell="zsh"), Action(warning=harness.BAD_CALL)),
-        (call("bash", command="a").replace("</parameter>", ""), Action(warning=harness.BAD_CALL)),
-        (call("python", code="1"), Action(warning=harness.NO_TOOL)),
-        (call("bash", command="a", timeout="soon"), Action(warning=harness.BAD_TIMEOUT)),
-        (call("bash", command="a", timeout="-1"), Action(warning=harness.BAD_TIMEOUT)),
-        (call("bash", command="a", timeout="0"), Action(warning=harness.BAD_TIMEOUT)),
-        (call("bash", command="a", timeout="1e999"), Action(warning=harness.BAD_TIMEOUT)),
+        (BARE + BARE, Action("ls -l", warning=qwen.ONE_CALL)),
+        (DONE + BARE, Action(done=True, warning=qwen.ONE_CALL)),
+        ("<tool_call>broken" + BARE, Action(warning=qwen.BAD_CALL)),  # the first call counts
+        ("ls -l", Action(warning=qwen.NO_CALL)),
+        (f"<think>\nhm\n{BARE}", Action(warning=qwen.UNCLOSED)),
+        ("<tool_call>\n</tool_call>", Action(warning=qwen.BAD_CALL)),
+        (call("bash"), Action(warning=qwen.BAD_CALL)),
+        (call("bash", command="a").replace("</f", PAIR + "</f"), Action(warning=qwen.BAD_CALL)),
+        (call("bash", command=" "), Action(warning=qwen.BAD_CALL)),
+        (call("bash", command="a", shell="zsh"), Action(warning=qwen.BAD_CALL)),
+        (call("bash", command="a").replace("</parameter>", ""), Action(warning=qwen.BAD_CALL)),
+        (call("python", code="1"), Action(warning=qwen.NO_TOOL)),
+        (call("bash", command="a", timeout="soon"), Action(warning=qwen.BAD_TIMEOUT)),
+        (call("bash", command="a", timeout="-1"), Action(warning=qwen.BAD_TIMEOUT)),
+        (call("bash", command="a", timeout="0"), Action(warning=qwen.BAD_TIMEOUT)),
+        (call("bash", command="a", timeout="1e999"), Action(warning=qwen.BAD_TIMEOUT)),
         (" \n", Action(warning=harness.EMPTY)),
     ],
 )
@@ -71,13 +73,13 @@ def test_no_reply_takes_long_to_read():
     head, tail, started = "<tool_call><function=bash>", "</function></tool_call>", time.monotonic()
     spaces, opened = " " * 10**5 + "x", "   <parameter=a>\n" * 5000
     for inside in (spaces, opened, "<parameter=a>" + "\n" * 10**5, "</function> " * 9000):
-        assert parse(head + inside + tail, END, "qwen").warning == harness.BAD_CALL
-    assert parse(head + "<parameter=a>b</parameter> " * 4000 + tail, END, "qwen").warning == harness.BAD_CALL
+        assert parse(head + inside + tail, END, "qwen").warning == qwen.BAD_CALL
+    assert parse(head + "<parameter=a>b</parameter> " * 4000 + tail, END, "qwen").warning == qwen.BAD_CALL
     assert time.monotonic() - started < 3
 
 
 def test_what_is_shown_to_the_model_is_what_is_understood():
-    example = harness.SYSTEM[harness.SYSTEM.index("<tool_call>") :].partition("</tool_call>")
+    example = qwen.SYSTEM[qwen.SYSTEM.index("<tool_call>") :].partition("</tool_call>")
     assert parse("".join(example[:2]), END, "qwen") == Action("ls -l", 30.0)
 
 
@@ -94,10 +96,10 @@ def test_an_episode_with_tool_calls(tokenizer):
     (episode,) = rollout(script, tokenizer, [Episode(TASK, 0)], config)
     assert (episode.reward, episode.stop, episode.turns) == (1.0, StopReason.DONE, 5)
     text = tokenizer.decode(episode.transcript.ids)
-    assert text.startswith(f"<|im_start|>system\n{harness.SYSTEM}<|im_end|>\n<|im_start|>user\nmake a file")
+    assert text.startswith(f"<|im_start|>system\n{qwen.SYSTEM}<|im_end|>\n<|im_start|>user\nmake a file")
     answers = [part.partition(END)[0] for part in text.split("<|im_start|>user\n")[2:]]
     assert answers[0] == "<tool_response>\n(exit_code=124)(timed out)\n</tool_response>"
-    assert answers[1] == f"<tool_response>\nWARNINGS:\n- {harness.NO_CALL}\n\n\n</tool_response>"
+    assert answers[1] == f"<tool_response>\nWARNINGS:\n- {qwen.NO_CALL}\n\n\n</tool_response>"
     assert answers[3] == "<tool_response>\na <tool_call> & bcat: no(truncated)(exit_code=1)\n</tool_response>"
     assert "what now?" in text and episode.commands == commands[:-1]
 

@@ -1,4 +1,8 @@
-"""Runs that are killed: kill -9 at chosen moments, Ctrl-C once and twice, two runs in one folder."""
+"""Runs that are killed: kill -9 at chosen moments, Ctrl-C and SIGTERM once and twice, two runs in one folder.
+
+The runs that are compared are pinned to one CPU: this policy's random commands hold pipes and `&`, whose
+parts race each other to print on two.
+"""
 
 import json
 import os
@@ -11,16 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 import train
 from echo_min import checkpoint
 from tests.test_sandbox import wait_for_count
-from tests.test_train import SMALL, metrics, weights
+from tests.test_train import SMALL, assert_same_run, names
 
 ROOT = Path(__file__).parent.parent
-# One character of output: this policy's random commands hold pipes, whose parts race each other to complain.
-RUN = replace(SMALL, steps=40, eval_every=20, output_chars=1)
+RUN = replace(SMALL, steps=40, eval_every=20)
 SITES = {  # where the process kills itself: (module, class or "", function, calls until then, at most)
     "sampling": ("echo_min.sampler", "Sampler", "_forward", 60),
     "shell": ("echo_min.terminals.sandbox", "Sandbox", "run", 3),
@@ -36,6 +38,7 @@ SITES = {  # where the process kills itself: (module, class or "", function, cal
 CHILD = """
 import importlib, json, os, signal, sys
 from pathlib import Path
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 import train
 from echo_min.config import Config
 folder, (module, owner, name), count = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
@@ -66,10 +69,11 @@ def mounts():
 
 @pytest.mark.slow
 def test_killed_twenty_times_equals_never(tmp_path):
-    train.main(RUN, tmp_path / "never")
-    folder, rng = tmp_path / "killed", random.Random(0)
-    folder.mkdir()
-    RUN.save(folder / "config.json")
+    folder, never, rng = tmp_path / "killed", tmp_path / "never", random.Random(0)
+    for path in (folder, never):
+        path.mkdir()
+        RUN.save(path / "config.json")
+    assert start(never, "update", 0, "never").returncode == 0
     before, killed = mounts(), 0
     for i in range(2 * len(SITES)):
         site, marker = list(SITES)[i % len(SITES)], f"killed-{os.getpid()}-{i}"
@@ -79,44 +83,44 @@ def test_killed_twenty_times_equals_never(tmp_path):
         assert wait_for_count(marker, 0) == 0, site
         assert mounts() <= before
     assert killed == 2 * len(SITES)
-    train.main(RUN, folder)
+    assert start(folder, "update", 0, "last").returncode == 0
     assert not list(folder.rglob("*.tmp"))
-    assert [p.name for p in (folder / "echo").iterdir()] == ["step-000040"]
-    assert metrics(folder) == metrics(tmp_path / "never")
-    for mine, other in zip(weights(folder).values(), weights(tmp_path / "never").values(), strict=True):
-        assert torch.equal(mine, other)
+    assert names(folder / "echo") == ["step-000039", "step-000040"]
+    assert_same_run(folder, never)
 
 
-def wait_for_step(folder, step, seconds=90):
+def wait_until(true, seconds=90):
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found = checkpoint.latest(folder / "echo") if (folder / "echo").exists() else None
-        if found and found[0] >= step:
-            return
+    while not true():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
-    raise AssertionError("no checkpoint in time")
 
 
 @pytest.mark.parametrize("presses", [1, 2])
-def test_ctrl_c(tmp_path, presses):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm(tmp_path, number, presses):
     config = replace(SMALL, steps=400, save_every=1000 if presses == 1 else 1)
     if presses == 2:  # a step that is not over before the second press
         config = replace(config, tasks_per_step=16, group_size=16)
     config.save(tmp_path / "config.json")
     environment = os.environ | {"MARKER": f"ctrl-{os.getpid()}-{presses}"}
     command = [sys.executable, "train.py", "--resume", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    wait_for_step(tmp_path, 0)
-    time.sleep(1.0)
-    for _ in range(presses):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.05)
-    said = process.communicate(timeout=20)[1]
+    with open(tmp_path / "stderr", "w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=file)
+    wait_until(lambda: checkpoint.latest(tmp_path / "echo"))
+    process.send_signal(number)
+    wait_until(lambda: "ends after this step" in (tmp_path / "stderr").read_text())
+    if presses == 2:
+        process.send_signal(number)
+    process.wait(timeout=60)
+    said = (tmp_path / "stderr").read_text()
     assert process.returncode == 1 and "ends after this step" in said and "--resume" in said
-    assert "Traceback" not in said
+    assert "Traceback" not in said and not list(tmp_path.rglob("*.tmp"))
     steps = checkpoint.latest(tmp_path / "echo")[0]
     if presses == 1:  # saved although no checkpoint was due
-        assert f"stopped after step {steps}, as you asked" in said and steps > 0
+        assert f"train.py: ended after step {steps}, as you asked; what is saved stays" in said and steps > 0
+    else:
+        assert "train.py: interrupted; what is saved stays" in said and steps < 400
     assert wait_for_count(environment["MARKER"], 0) == 0
 
 

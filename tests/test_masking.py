@@ -6,8 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from echo_min.batch import pad
+from echo_min.echo import observation_mask, observation_weights
+from echo_min.grpo import action_weights
 from echo_min.harness import MARKERS, observation, parse, prompt
-from echo_min.masking import Role, Transcript, encode, observation_weights, pad, policy_weights
+from echo_min.masking import Role, Transcript, encode
 from echo_min.tasks import Task
 from echo_min.terminal import Output
 
@@ -38,11 +41,11 @@ def test_roles_partition_random_transcripts_and_decode_to_the_text(tokenizer):
         transcript, expected = Transcript(), {role: "" for role in Role}
         segments = prompt(task)
         for _ in range(rng.randrange(3)):
-            stopped_by = rng.choice([*MARKERS, None])
+            ended_by = rng.choice([*MARKERS, None])
             reply = text(rng)
             segments.append((Role.ACTION, reply))
             output = Output(text(rng), rng.randrange(256), rng.random() < 0.2, rng.random() < 0.2)
-            segments += observation(rng.choice([output, None]), parse(reply, stopped_by).warning, stopped_by)
+            segments += observation(rng.choice([output, None]), parse(reply, ended_by).warning, ended_by)
         for role, part in segments:
             ids = encode(tokenizer, role, part)
             transcript.append(role, ids, [0.0] * len(ids) if role is Role.ACTION else None)
@@ -90,41 +93,41 @@ def row_values(weights, mask):
     return [sorted(set(row[m].tolist())) for row, m in zip(weights, mask, strict=True)]
 
 
-def test_policy_weights():
+def test_action_weights():
     action = ROLES == Role.ACTION
-    sequence = policy_weights(ROLES, GROUPS)
+    sequence = action_weights(action, GROUPS)
     assert (sequence[~action] == 0).all()
     assert torch.allclose(sequence.sum(1), torch.full((3,), 1 / 3))
     assert row_values(sequence, action)[1] == pytest.approx([1 / 12])
-    token = policy_weights(ROLES, GROUPS, "token")
+    token = action_weights(action, GROUPS, "token")
     assert row_values(token, action) == [
         pytest.approx([1 / 14]),
         pytest.approx([1 / 14]),
         pytest.approx([1 / 2]),
     ]
     with pytest.raises(ValueError, match="policy_norm"):
-        policy_weights(ROLES, GROUPS, "batch")
+        action_weights(action, GROUPS, "batch")
 
 
 def test_observation_weights():
     observation = ROLES == Role.OBSERVATION
-    paper = observation_weights(ROLES)  # |O| counts the warning, the sum does not run over it
+    paper = observation_weights(ROLES, observation)  # |O| counts the warning, the sum does not run over it
     assert (paper[~observation] == 0).all()
     assert row_values(paper, observation) == [pytest.approx([1 / 12]), [], pytest.approx([1 / 3])]
-    selected = observation_weights(ROLES, "selected")
+    selected = observation_weights(ROLES, observation, "selected")
     assert row_values(selected, observation) == [pytest.approx([1 / 9]), [], pytest.approx([1 / 3])]
-    everywhere = observation_weights(ROLES, "global")
+    everywhere = observation_weights(ROLES, observation, "global")
     assert row_values(everywhere, observation) == [pytest.approx([1 / 4]), [], pytest.approx([1 / 4])]
-    with_warnings = observation_weights(ROLES, "observation", warnings_as_targets=True)
+    with_warnings = observation_weights(ROLES, observation_mask(ROLES, warnings_as_targets=True))
     assert torch.allclose(with_warnings.sum(1), torch.full((3,), 1 / 3))
     with pytest.raises(ValueError, match="observation_norm"):
-        observation_weights(ROLES, "mean")
+        observation_weights(ROLES, observation, "mean")
 
 
 def test_no_observation_no_weight():
     nothing = torch.full((2, 5), Role.ACTION, dtype=torch.int8)
     for norm in ("observation", "selected", "global"):
-        assert (observation_weights(nothing, norm) == 0).all()
+        assert (observation_weights(nothing, observation_mask(nothing), norm) == 0).all()
 
 
 def test_padding_is_read_by_no_loss():

@@ -7,18 +7,11 @@ import pytest
 import torch
 
 import train
+from echo_min.batch import make_batch, pad
 from echo_min.config import Config, RunEnded
-from echo_min.echo import echo_loss, exchanged_targets, permuted_targets
-from echo_min.grpo import group_advantages, grpo_loss
-from echo_min.masking import (
-    Role,
-    Transcript,
-    micro_batches,
-    observation_targets,
-    observation_weights,
-    pad,
-    policy_weights,
-)
+from echo_min.echo import echo_loss, observation_mask, observation_weights
+from echo_min.grpo import action_weights, group_advantages, grpo_loss
+from echo_min.masking import Role, Transcript
 from echo_min.rollout import Episode, StopReason
 from echo_min.tasks import Task
 from kernels.segment_logprob import dual_segment_logprobs
@@ -61,7 +54,7 @@ def episodes(vocab, rewards=(1, 0, 0, 1, 0, 0), groups=(0, 0, 0, 1, 1, 2), seed=
 
 def gradients(model, batch, arm="echo", config=CONFIG):
     optimizer = Capture(model.parameters(), lr=1.0)
-    metrics = train.update(model, optimizer, batch, arm, 0, config)
+    metrics = train.update(model, optimizer, make_batch(batch, config), arm, 0, config)
     return metrics, optimizer.grads
 
 
@@ -120,28 +113,20 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(model, norms):
             assert metrics[key] == pytest.approx(whole[key], rel=1e-5, abs=1e-6)
 
 
-def test_micro_batches_hold_every_row_once_within_the_budget():
-    lengths = [5, 9, 2, 7, 7, 1, 30]
-    parts = micro_batches(lengths, 20)
-    assert sorted(row for part in parts for row in part) == list(range(7))
-    assert all(len(p) == 1 or len(p) * max(lengths[r] for r in p) <= 20 for p in parts)
-
-
 def head_gradients(env_weight, policy):
     """Gradient of the losses at the hidden states that enter the head. -> (gradient[B, T, d], roles[B, T])"""
     torch.manual_seed(0)
     batch = episodes(50)
     ids, roles, _ = pad([e.transcript for e in batch])
     hidden = torch.randn(*ids.shape, 16, requires_grad=True)
-    actions, observations = roles == Role.ACTION, observation_targets(roles)
+    actions, observations = roles == Role.ACTION, observation_mask(roles)
     la, lo = dual_segment_logprobs(hidden, torch.randn(50, 16), ids, actions, observations, 0.8, 0.8)
     advantages = torch.ones_like(roles, dtype=torch.float32)[actions]
-    loss = env_weight * echo_loss(lo, observation_weights(roles)[observations])
+    loss = env_weight * echo_loss(lo, observation_weights(roles, observations)[observations])
     if policy:
         groups = torch.tensor([e.group for e in batch])
-        loss = loss + grpo_loss(
-            la, la.detach(), advantages, policy_weights(roles, groups)[actions], 0.2, 0.28
-        )
+        weights = action_weights(actions, groups)[actions]
+        loss = loss + grpo_loss(la, la.detach(), advantages, weights, 0.2, 0.28)
     loss.backward()
     return hidden.grad, roles
 
@@ -222,51 +207,6 @@ def test_no_observation_tokens_is_a_defined_result(model):
     close(grads, gradients(model, batch, "grpo")[1], 0.0)
 
 
-def test_placebo_permutes_targets_over_the_batch_and_leaves_the_inputs(model):
-    ids = torch.arange(40).reshape(4, 10)
-    selected = torch.zeros(4, 10, dtype=torch.bool)
-    selected[1, 2:9] = selected[3, 4:] = True
-    targets = permuted_targets(ids, selected, torch.Generator().manual_seed(0))
-    assert torch.equal(targets[~selected], ids[~selected])
-    assert sorted(targets[selected].tolist()) == ids[selected].tolist()
-    assert (targets[selected] != ids[selected]).float().mean() > 0.5
-    assert (targets[1, 2:9] >= 30).any()  # crosses sequences
-    batch = episodes(model.config.vocab_size)
-    echo, placebo = gradients(model, batch, "echo")[0], gradients(model, batch, "placebo")[0]
-    assert placebo["policy_loss"] == echo["policy_loss"]
-    assert placebo["env_loss"] != echo["env_loss"]
-
-
-def test_exchanged_outputs_are_whole_outputs_of_others():
-    ids = torch.arange(60).view(4, 15)
-    selected = torch.zeros(4, 15, dtype=torch.bool)
-    selected[0, 3:6] = selected[0, 9:15] = selected[1, 0:4] = selected[3, 14:] = True
-    outputs = [[3, 4, 5], [9, 10, 11, 12, 13, 14], [15, 16, 17, 18], [59]]
-    for seed in range(5):
-        targets, kept = exchanged_targets(ids, selected, torch.Generator().manual_seed(seed))
-        assert torch.equal(targets[~selected], ids[~selected]) and not (kept & ~selected).any()
-        donors = []
-        for own in outputs:
-            got = targets.flatten()[own][kept.flatten()[own]].tolist()
-            donor = next(o for o in outputs if got[0] in o)
-            assert got == donor[: len(own)]
-            donors.append(donor)
-        assert sorted(donors) == outputs
-    nothing = torch.zeros_like(selected)
-    assert torch.equal(exchanged_targets(ids, nothing, torch.Generator())[0], ids)
-
-
-def test_placebo_words_moves_only_the_words(model):
-    batch = episodes(model.config.vocab_size)
-    echo = gradients(model, batch, "echo")
-    metrics = train.update(model, Capture(model.parameters(), lr=1.0), batch, "placebo_words", 0, CONFIG, ())
-    assert metrics["env_loss"] == echo[0]["env_loss"]
-    seen = {i for e in batch for i, r in zip(e.transcript.ids, e.transcript.roles, strict=True) if r == 2}
-    optimizer, words = Capture(model.parameters(), lr=1.0), sorted(seen)[:9]
-    metrics = train.update(model, optimizer, batch, "placebo_words", 0, CONFIG, words)
-    assert metrics["env_loss"] != echo[0]["env_loss"]
-
-
 def test_no_verifier_no_policy_gradient(model):
     """policy_weight 0: the gradient is lambda times that of the observations, rewards or not."""
     config = replace(CONFIG, policy_weight=0.0, env_weight=0.3)
@@ -291,4 +231,4 @@ def test_a_loss_that_is_not_finite_stops_the_run(model):
     batch = episodes(model.config.vocab_size)
     batch[0].transcript.logprobs = [-1e9 if x else x for x in batch[0].transcript.logprobs]
     with pytest.raises(RunEnded, match="not finite"):
-        train.update(model, Capture(model.parameters(), lr=1.0), batch, "echo", 0, CONFIG)
+        gradients(model, batch)

@@ -10,17 +10,53 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 import train
-from echo_min import checkpoint
+from echo_min import checkpoint, cli, report
+from echo_min.checkpoint import load_policy
 from echo_min.config import Config
 from echo_min.optimizer import make_optimizer, optimizer_step
-from echo_min.policy import load_policy, segment_logprobs, tiny_model
-from tests.test_train import SMALL, finished, metrics, refused, run, weights  # noqa: F401
+from echo_min.policy import segment_logprobs
+from echo_min.sft import make_base
+from echo_min.tiny import tiny_model
+from echo_min.worlds.registry import load_world
 
 ROOT = Path(__file__).parent.parent
 BF16 = Config(dtype="bfloat16", learning_rate=1e-6, weight_decay=0.0)
+SMALL = Config(
+    name="small", arms="echo", device="cpu", threads=1, base_demonstrations=24, base_steps=3, steps=4,
+    tasks_per_step=2, group_size=3, eval_every=2, eval_tasks=4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("optimizer") / "base"
+    make_base(SMALL, load_world("tool", SMALL.seed), folder)
+    return folder
+
+
+@pytest.fixture()
+def run(base, tmp_path):
+    """A run folder that holds the base policy alone."""
+    shutil.copytree(base, tmp_path / "run" / "base")
+    return tmp_path / "run"
+
+
+def resumed(folder):
+    cli.run(train.main, *cli.parse_args(["--resume", str(folder)]))
+
+
+def trained(folder):
+    """The lines of training steps without the clock."""
+    lines = [line for line in report.read(folder / "metrics.jsonl") if "reward" in line]
+    return [{k: v for k, v in line.items() if not k.endswith("seconds")} for line in lines]
+
+
+def weights(folder):
+    path = checkpoint.latest(folder / "echo")[1]
+    return AutoModelForCausalLM.from_pretrained(path).state_dict()
 
 
 @pytest.fixture()
@@ -74,13 +110,14 @@ def test_adamw_is_the_optimizer_that_it_was(model):
     assert group["lr"] == 3e-4 and torch.equal(torch.get_rng_state(), state)
 
 
-def test_without_torchao_one_line_says_what_to_install(run, monkeypatch, capsys):  # noqa: F811
+def test_without_torchao_one_line_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     replace(SMALL, optimizer="adamw8bit").save(run / "config.json")
-    assert "pip install '.[gpu]'" in refused(train, ["--resume", str(run)], capsys)
+    with pytest.raises(SystemExit, match=r"pip install '\.\[gpu\]'"):
+        resumed(run)
 
 
-def test_a_resumed_run_rounds_as_the_uninterrupted_one(eager, run, tmp_path):  # noqa: F811
+def test_a_resumed_run_rounds_as_the_uninterrupted_one(eager, run, tmp_path):
     """bfloat16, states of 8 bits and recomputed activations through the whole program."""
     config = replace(SMALL, dtype="bfloat16", optimizer="adamw8bit", gradient_checkpointing=True)
     config, never = replace(config, learning_rate=1e-5, eval_every=4), tmp_path / "never"
@@ -90,8 +127,8 @@ def test_a_resumed_run_rounds_as_the_uninterrupted_one(eager, run, tmp_path):  #
     config.save(run / "config.json")
     torch.rand(7)  # whatever the global generator does in between
     train.main(config, run)
-    trained = [[r for r in metrics(folder) if "reward" in r] for folder in (run, never)]
-    assert trained[0] == trained[1] and all(r["mismatch"] < 0.05 for r in trained[0])
+    assert trained(run) == trained(never) and all(r["mismatch"] < 0.05 for r in trained(run))
+    assert len(trained(run)) == 4
     for name, tensor in weights(never).items():
         assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, weights(run)[name]), name
     base = load_policy(run / "base", dtype="bfloat16")[0].state_dict()
@@ -169,7 +206,7 @@ CHILD = """
 import ctypes, importlib, resource, sys
 from pathlib import Path
 import train
-from echo_min.config import Config
+from echo_min import cli
 folder, (module, owner, name) = Path(sys.argv[1]), sys.argv[2].split()
 owner = getattr(importlib.import_module(module), owner)
 real = getattr(owner, name)
@@ -184,7 +221,7 @@ def starved(self, *args, **kwargs):
         resource.setrlimit(resource.RLIMIT_AS, (size + (2 << 20), -1))
     return real(self, *args, **kwargs)
 setattr(owner, name, starved)
-train.cli(["--resume", str(folder)])
+cli.run(train.main, *cli.parse_args(["--resume", str(folder)]))
 """
 
 
@@ -199,7 +236,7 @@ train.cli(["--resume", str(folder)])
         ("echo_min checkpoint publish", "step-000002: could not be written"),
     ],
 )
-def test_out_of_memory_or_disk_says_so_and_keeps_the_checkpoint(run, site, says):  # noqa: F811
+def test_out_of_memory_or_disk_says_so_and_keeps_the_checkpoint(run, site, says):
     """A model with a wide MLP, and 2 MiB of room from the second step on: less than an activation; or a disk
     that takes 1 MiB a file."""
     _, tokenizer = load_policy(run / "base")

@@ -11,13 +11,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import train
 from echo_min import checkpoint
-from echo_min.config import PRESETS, Config, RunEnded
-from echo_min.masking import Role, Transcript, pad
-from echo_min.policy import load_policy, marker_ids, segment_logprobs, tiny_model
-from echo_min.rollout import StopReason, sample_episodes
+from echo_min.batch import make_batch, pad
+from echo_min.checkpoint import load_policy
+from echo_min.config import Config, RunEnded
+from echo_min.evaluate import observation_ce
+from echo_min.masking import Role, Transcript
+from echo_min.policy import marker_ids, segment_logprobs
+from echo_min.presets import PRESETS
+from echo_min.rollout import Episode, StopReason, sample_episodes
 from echo_min.sft import supervise
+from echo_min.tasks import Task
+from echo_min.tiny import tiny_model
 from echo_min.worlds.registry import load_world
-from eval import observation_ce
 
 
 def saved(model, tokenizer, folder):
@@ -91,7 +96,7 @@ def test_smollm2(smollm2_tokenizer, tmp_path):
     )  # fmt: skip
     model, tokenizer = load_policy(config.model)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    tasks = load_world("file").train[:2]
+    tasks = load_world("file", 1).train[:2]
     episodes = sample_episodes(model, tokenizer, tasks, 2, config, (1, 1, 1))
     assert all(e.stop is StopReason.MAX_TURNS and e.reward == 0 for e in episodes)
     ids, roles, logprobs = pad([e.transcript for e in episodes])
@@ -102,9 +107,10 @@ def test_smollm2(smollm2_tokenizer, tmp_path):
         e.reward = float(i % 2)
     optimizer = torch.optim.AdamW(model.parameters())
     config = replace(config, warnings_as_targets=True)  # eight tokens are no tool call: all that comes back
-    metrics = train.update(model, optimizer, episodes, "echo", 0, config)
+    batch = make_batch(episodes, config)
+    metrics = train.update(model, optimizer, batch, "echo", 0, config)
     assert metrics["mismatch"] < 1e-4 and 0 < metrics["grad_norm"] < 1e4 and metrics["env_loss"] > 0
-    assert train.update(model, optimizer, episodes, "echo", 1, config)["env_loss"] < metrics["env_loss"]
+    assert train.update(model, optimizer, batch, "echo", 1, config)["env_loss"] < metrics["env_loss"]
     assert all((p != before[name]).any() for name, p in model.named_parameters())
     checkpoint.save(tmp_path, 1, model, tokenizer, optimizer, config)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "step-000001", dtype=torch.float32)
@@ -131,23 +137,23 @@ def test_long_transcripts_are_scored_in_parts(model, monkeypatch):
 
 def test_the_supervised_stage_in_parts_learns_the_same(tokenizer):
     """A batch in several forward passes, and activations computed again, give the weights of the whole."""
-    transcripts, results = [], []
+    episodes, results = [], []
     for n in (5, 9, 30, 12, 2):
-        transcripts.append(Transcript())
-        transcripts[-1].append(Role.PROMPT, [3])
-        transcripts[-1].append(Role.ACTION, [90 - i for i in range(n)], [0.0] * n)
-        transcripts[-1].append(Role.OBSERVATION, [5 + i for i in range(2 * n)])
+        episodes.append(Episode(Task("t", "", "", ""), 0, reward=0.0, stop=StopReason.DONE))
+        episodes[-1].transcript.append(Role.PROMPT, [3])
+        episodes[-1].transcript.append(Role.ACTION, [90 - i for i in range(n)], [0.0] * n)
+        episodes[-1].transcript.append(Role.OBSERVATION, [5 + i for i in range(2 * n)])
     for lean in ({}, {"prefill_tokens": 100}, {"prefill_tokens": 1, "gradient_checkpointing": True}):
         config = Config(base_steps=3, base_batch=6, **lean)
         model, passes = tiny_model(tokenizer, 0), []
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.base_model.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
-        supervise(model, transcripts, config)
+        supervise(model, episodes, config)
         results.append((passes, torch.cat([p.detach().flatten() for p in model.parameters()])))
     (whole, weights), *others = results
     assert len(whole) == 3 and [len(passes) > 6 for passes, _ in others] == [True, True]
     for _, other in others:
         torch.testing.assert_close(other, weights, atol=1e-4, rtol=0)
     with pytest.raises(RunEnded, match="step 2: gradient not finite; lower base_learning_rate"):
-        supervise(model, transcripts, Config(base_steps=3, base_batch=6, base_learning_rate=1e30))
+        supervise(model, episodes, Config(base_steps=3, base_batch=6, base_learning_rate=1e30))

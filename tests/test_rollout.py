@@ -11,14 +11,15 @@ import pytest
 from echo_min import rollout as rollout_module
 from echo_min.config import Config
 from echo_min.masking import Role
-from echo_min.rollout import Episode, Script, StopReason, rollout, sample_episodes
+from echo_min.rollout import Episode, StopReason, rollout, sample_episodes
+from echo_min.sft import Script
 from echo_min.tasks import Limits
 from echo_min.terminal import TerminalDied
 from echo_min.terminals.sandbox import Sandbox
 from echo_min.worlds.registry import load_world
 
 CONFIG = Config(context=1000, max_action_tokens=100, max_turns=3)
-TASK = load_world("tool").train[0]
+TASK = load_world("tool", 1).train[0]
 
 
 def play(tokenizer, *scripts, config=CONFIG, task=TASK):
@@ -177,7 +178,7 @@ def test_a_terminal_that_cannot_open_is_an_infra_error(tokenizer, monkeypatch):
 def test_rollouts_are_a_function_of_their_key(model, tokenizer):
     def sample(key, tasks=2, members=3):
         config = replace(CONFIG, max_action_tokens=12)
-        batch = sample_episodes(model, tokenizer, load_world("tool").train[:tasks], members, config, key)
+        batch = sample_episodes(model, tokenizer, load_world("tool", 1).train[:tasks], members, config, key)
         return [e.transcript.ids for e in batch]
 
     first = sample((1, 5, 9))
@@ -191,7 +192,7 @@ def test_episodes_that_wait_get_the_tokens_of_those_that_do_not(model, tokenizer
     def sample(terminals):
         config = replace(CONFIG, max_action_tokens=40, terminals=terminals)
         key = 1, 5, 10  # no command of which holds a |: who prints first is luck
-        batch = sample_episodes(model, tokenizer, load_world("tool").train[:4], 2, config, key)
+        batch = sample_episodes(model, tokenizer, load_world("tool", 1).train[:4], 2, config, key)
         return [(e.transcript.ids, e.reward, e.stop) for e in batch]
 
     assert sample(8) == sample(3) == sample(1)

@@ -7,6 +7,10 @@ import pytest
 
 from echo_min.terminal import open_terminal
 from echo_min.worlds.registry import WORLDS, load_world
+from echo_min.worlds.tool import CODES
+
+DIALS = ["tool,family=linked", "tool,family=ambient", "tool,usage=lying", "tool,usage=code", "hard,tells=4"]
+DIALS += ["tool,persist=0,linked=0"]
 
 
 def grade(task, *commands):
@@ -16,9 +20,9 @@ def grade(task, *commands):
         return terminal.verify()
 
 
-@pytest.fixture(params=WORLDS)
+@pytest.fixture(params=[*WORLDS, *DIALS])
 def world(request):
-    return load_world(request.param)
+    return load_world(request.param, 1)
 
 
 def some(world, n=8):
@@ -78,18 +82,26 @@ def test_the_expert_passes(world):
 
 def test_what_a_wrong_call_prints():
     def wrong(name, which=0):
-        task = [t for t in load_world(name).train if " -a " not in t.solution][which]
+        task = [t for t in load_world(name, 1).train if " -a " not in t.solution][which]
         with open_terminal(task) as terminal:
             _, verb, *words, file = task.solution.split()
             return terminal.run(f"tk {verb} {' '.join(['-a', 'bold'][: len(words)])} {file}").text, task
 
-    for name in ("tool", "tool-linked", "hard"):
+    for name in ("tool", "tool,family=linked", "hard", "tool,persist=0"):
         text, task = wrong(name)
         assert text == f"usage: {task.solution.rsplit(' ', 1)[0]} FILE\n"
-    text, task = wrong("tool-lying")
+    text, task = wrong("tool,usage=lying")
     assert text.startswith("usage: tk ") and text != f"usage: {task.solution.rsplit(' ', 1)[0]} FILE\n"
-    first, second = wrong("tool-ambient")[0], wrong("tool-ambient", 1)[0]
-    assert first.startswith("load: ") and first != second
+    for name in ("tool,family=ambient", "tool,linked=0"):
+        first, second = wrong(name)[0], wrong(name, 1)[0]
+        assert first.startswith("load: ") and first != second
+    text, task = wrong("tool,usage=code")
+    assert text.split()[:2] == ["usage:", "tk"] and set(text.split()[3:-1]) < set(CODES)
+    for name, words in (("tool,tells=4", 1), ("hard,tells=4", 2)):
+        text, task = wrong(name)
+        listed = text.removesuffix(" FILE\n").split(maxsplit=3)[3].split(" or ")
+        right = " ".join(task.solution.split()[2:-1])
+        assert right in listed and len(set(listed)) == 4 and {len(one.split()) for one in listed} == {words}
 
 
 def test_weak_demonstrations_are_weak(world):
@@ -98,9 +110,76 @@ def test_weak_demonstrations_are_weak(world):
     for _ in range(64):
         task, commands = world.weak(rng)
         rewards.append(grade(task, *[c for c in commands if c != "done"]))
-    assert 0 < sum(rewards) / len(rewards) < 0.55  # of the tool worlds under 0.1
+    assert sum(rewards) / len(rewards) < 0.55  # of the tool worlds under 0.1; gnu's are all refused
 
 
 def test_an_unknown_world_names_those_that_exist():
     with pytest.raises(ValueError, match="world:tool"):
-        load_world("moon")
+        load_world("moon", 1)
+
+
+def facts(world):
+    """verb -> the words that its tasks ask for."""
+    found = {}
+    for task in world.train + world.held_out:
+        _, verb, *words, _ = task.solution.split()
+        found.setdefault(verb, set()).add(" ".join(words))
+    return found
+
+
+def test_the_seed_draws_the_world():
+    one, again, other = (load_world("tool", seed) for seed in (1, 1, 2))
+    assert (one.train, one.held_out) == (again.train, again.held_out)
+    assert all(len(words) == 1 for words in facts(one).values())  # a fact is a fact
+    assert sum(facts(one)[verb] != facts(other)[verb] for verb in facts(one)) > 30  # of 40, new ones
+    one, other = (load_world("file", seed) for seed in (1, 2))
+    assert not {task.name for task in one.train[:50]} & {task.name for task in other.train[:50]}
+
+
+def test_how_many_training_tasks_a_dial_takes_away():
+    def share(name, of):
+        tasks = load_world(name, 1).train
+        return sum(map(of, tasks)) / len(tasks)
+
+    true = {verb: next(iter(words)) for verb, words in facts(load_world("tool", 1)).items()}
+    mute = "    *) read -r load"
+    assert share("tool,linked=0.25", lambda t: mute not in t.tools["tk"].decode()) == pytest.approx(
+        0.25, abs=0.05
+    )
+    kept = share("tool,persist=0.25", lambda t: t.solution.split()[2] == true[t.solution.split()[1]])
+    assert kept == pytest.approx(0.25 + 0.75 / 32, abs=0.05)  # a fresh fact may be the old one
+    held_out = load_world("tool,persist=0,linked=0", 1).held_out
+    assert held_out[0].tools["tk"] == held_out[1].tools["tk"] and mute not in held_out[0].tools["tk"].decode()
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("tool,word=2", "word=2 is no dial; tool has words=int, linked=float"),
+        ("tool,words=two", "words=two is no dial"),
+        ("tool,seed=3", "seed=3 is no dial"),
+        ("file,words=2", "file has none"),
+        ("tool,words=3", "no such value of words"),
+        ("tool,tells=0,linked=1.5", "no such value of linked, tells"),
+        ("tool,usage=odd,family=odd,persist=-1", "no such value of persist, usage, family"),
+    ],
+)
+def test_a_dial_that_does_not_exist_or_is_out_of_range_is_named(name, message):
+    with pytest.raises(ValueError, match=message):
+        load_world(name, 1)
+
+
+def test_what_the_file_world_verifier_asks_for():
+    """Each kind, and each way of being nearly right."""
+    tasks = {task.instruction.split()[0]: task for task in load_world("file", 1).train}
+    for kind, task in tasks.items():
+        word = task.instruction.split()[1]
+        file = next(name for name, content in task.files.items() if content == f"{word}\n".encode())
+        other = next(name for name in task.files if name != file)
+        assert grade(task, task.solution) == 1.0
+        assert grade(task, task.solution, f"echo x > {other}") == 0.0
+        if kind == "remove":  # moved away is not removed
+            assert grade(task, f"mv {file} out") == 0.0
+        else:
+            assert grade(task, {"copy": "mv", "rename": "cp"}[kind] + f" {file} out") == 0.0
+            assert grade(task, task.solution, "ln -sf /etc/hostname out") == 0.0

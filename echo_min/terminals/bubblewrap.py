@@ -72,7 +72,8 @@ class Box:
                 start_new_session=True,  # no keyboard to type on, and one process group to kill
             )
         except OSError as error:
-            raise SandboxUnavailable(f"cannot start a sandbox: {error}; {HELP}") from error
+            help = f"install {error.filename}" if isinstance(error, FileNotFoundError) else HELP
+            raise SandboxUnavailable(f"cannot start a sandbox: {error}; {help}") from error
         finally:
             for end in (orders, verdicts, *passed[1:]):
                 os.close(end)

@@ -7,9 +7,14 @@ from pathlib import Path
 
 from echo_min.tasks import World
 from echo_min.worlds.file import file_world
+from echo_min.worlds.filter import filter_world
+from echo_min.worlds.gnu import gnu_world
 from echo_min.worlds.tool import tool_world
 
-WORLDS = {"tool": tool_world, "hard": partial(tool_world, words=2), "file": file_world}
+WORLDS = {
+    "tool": tool_world, "hard": partial(tool_world, words=2), "gnu": gnu_world,
+    "file": file_world, "filter": filter_world,
+}  # fmt: skip
 
 
 def load_world(name: str, seed: int) -> World:

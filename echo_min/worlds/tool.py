@@ -13,7 +13,6 @@ family    train; or verbs that are never trained: linked; ambient, whose wrong c
 """
 
 import random
-from dataclasses import dataclass
 from itertools import product
 
 from echo_min.tasks import Task, World
@@ -68,49 +67,37 @@ def cases(variable: str, table: dict[str, str]) -> str:
     return "\n".join(f'"{key}") {variable}="{value}" ;;' for key, value in table.items())
 
 
-@dataclass(frozen=True)
-class Tool:
-    """facts: verb -> its words. shown: a shell `case` that sets $shown for the usage line, or nothing."""
-
-    facts: dict[str, str]
-    shown: str = ""
-
-    def script(self, linked: bool = True) -> bytes:
-        mute = "|".join(VERBS["ambient"]) if linked else "*"
-        return TOOL.format(right=cases("right", self.facts), shown=self.shown, mute=mute).encode()
-
-    def with_fact(self, verb: str, words: str) -> "Tool":
-        return Tool(self.facts | {verb: words}, self.shown)
-
-
-def make_tool(rng: random.Random, choices: list[str], usage: str = "true", tells: int = 1) -> Tool:
-    """A tool of random facts."""
-    verbs = [verb for family in VERBS.values() for verb in family]
-    facts = {verb: rng.choice(choices) for verb in verbs}
-    if usage == "true" and tells == 1:
-        return Tool(facts)
+def usage_lines(facts: dict, choices: list[str], usage: str, tells: int, rng: random.Random) -> str:
+    """A shell `case` that sets $shown, what the usage line shows; empty: the truth."""
     if usage == "lying":
         lies = dict(zip(choices, rng.choices(choices, k=len(choices)), strict=True))
-        return Tool(facts, f'case "$given" in\n{cases("shown", lies)}\nesac')
+        return f'case "$given" in\n{cases("shown", lies)}\nesac'
     if usage == "code":
-        codes = {verb: " ".join(rng.sample(CODES, len(choices[0].split()))) for verb in verbs}
-        return Tool(facts, f'case "$verb" in\n{cases("shown", codes)}\nesac')
-    lists = {}
-    for verb, words in facts.items():
-        listed = [words, *rng.sample([other for other in choices if other != words], tells - 1)]
-        lists[verb] = " or ".join(rng.sample(listed, tells))
-    return Tool(facts, f'case "$verb" in\n{cases("shown", lists)}\nesac')
+        table = {verb: " ".join(rng.sample(CODES, len(words.split()))) for verb, words in facts.items()}
+    elif tells > 1:
+        table = {}
+        for verb, words in facts.items():
+            listed = [words, *rng.sample([other for other in choices if other != words], tells - 1)]
+            table[verb] = " or ".join(rng.sample(listed, tells))
+    else:
+        return ""
+    return f'case "$verb" in\n{cases("shown", table)}\nesac'
 
 
-def tool_task(tool: Tool, script: bytes, verb: str, file: str, rng: random.Random) -> Task:
+def tool_script(facts: dict[str, str], shown: str, linked: bool = True) -> bytes:
+    mute = "|".join(VERBS["ambient"]) if linked else "*"
+    return TOOL.format(right=cases("right", facts), shown=shown, mute=mute).encode()
+
+
+def tool_task(words: str, script: bytes, verb: str, file: str, rng: random.Random) -> Task:
     other, load = rng.choice([f for f in FILES if f != file]), f"{rng.randrange(16**6):06x}"
     return Task(
         name=f"tool-{verb}-{file}-{load}",
         instruction=f"{verb} {file}",
         files={file: b"", other: b"", ".load": f"{load}\n".encode()},
         tools={"tk": script},
-        verify=VERIFY.format(verb=verb, words=tool.facts[verb], file=file, other=other),
-        solution=f"tk {verb} {tool.facts[verb]} {file}",
+        verify=VERIFY.format(verb=verb, words=words, file=file, other=other),
+        solution=f"tk {verb} {words} {file}",
     )
 
 
@@ -119,36 +106,46 @@ def tool_world(
     usage: str = "true", family: str = "train",
 ) -> World:  # fmt: skip
     """words: how many a call needs, 1 or 2. Raises ValueError for a dial that is out of range."""
-    ranges = {"words": words in (1, 2), "linked": 0 <= linked <= 1, "tells": 1 <= tells <= 16,
-              "persist": 0 <= persist <= 1, "usage": usage in ("true", "lying", "code"),
-              "family": family in VERBS}  # fmt: skip
+    ranges = {
+        "words": words in (1, 2), "linked": 0 <= linked <= 1, "tells": 1 <= tells <= 16,
+        "persist": persist == 1 or (0 <= persist < 1 and (tells, usage) == (1, "true")),
+        "usage": usage in ("true", "lying", "code"), "family": family in VERBS,
+    }  # fmt: skip
     if wrong := [dial for dial, valid in ranges.items() if not valid]:
         raise ValueError(f"world:tool has no such value of {', '.join(wrong)}")
     choices = FLAGS if words == 1 else [" ".join(pair) for pair in product(FLAGS[:10], MODES)]
-    rng = random.Random(f"tool world {seed}")
-    tool = make_tool(rng, choices, usage, tells)
+    verbs = [verb for group in VERBS.values() for verb in group]
+
+    def make(key: str, usage: str, tells: int = 1) -> tuple[dict[str, str], str]:
+        """Facts (verb -> words) and usage lines, both drawn by the key."""
+        rng = random.Random(key)
+        facts = {verb: rng.choice(choices) for verb in verbs}
+        return facts, usage_lines(facts, choices, usage, tells, rng)
+
+    facts, shown = make(f"tool {seed}", usage, tells)
+    rng, script = random.Random(f"tasks {seed}"), tool_script(facts, shown)
     pairs = list(product(VERBS[family], FILES))
     rng.shuffle(pairs)
-    held_out = [tool_task(tool, tool.script(), *pair, rng) for pair in pairs[:HELD_OUT]]
+    held_out = [tool_task(facts[verb], script, verb, file, rng) for verb, file in pairs[:HELD_OUT]]
     train = []
     # ambient output is new in every task, so that it can't be learned by heart
     for verb, file in pairs[HELD_OUT:] * (10 if family == "ambient" else 1):
-        own = tool if rng.random() < persist else tool.with_fact(verb, rng.choice(choices))
-        train.append(tool_task(own, own.script(rng.random() < linked), verb, file, rng))
+        own = facts if rng.random() < persist else facts | {verb: rng.choice(choices)}
+        says = tool_script(own, shown, rng.random() < linked)
+        train.append(tool_task(own[verb], says, verb, file, rng))
 
-    shows = ["lying"] * 12 + ["code"] * 4
-    others = [make_tool(random.Random(f"another tool {i}"), choices, show) for i, show in enumerate(shows)]
+    others = [make(f"another tool {i}", "code" if i % 4 == 0 else "lying") for i in range(16)]
 
     def weak(rng: random.Random) -> tuple[Task, list[str]]:
         """Random words at a tool of other facts, whose usage line misleads: form, and no fact to keep."""
-        other = rng.choice(others)
-        verb, file = rng.choice(list(other.facts)), rng.choice(FILES)
-        task, commands = tool_task(other, other.script(), verb, file, rng), []
-        for given in rng.sample(choices, 3):
-            commands.append(f"tk {verb} {given} {file}")
-            if given == other.facts[verb]:
-                return task, [*commands, "done"]
-        return task, commands
+        facts, shown = rng.choice(others)
+        verb, file = rng.choice(verbs), rng.choice(FILES)
+        task = tool_task(facts[verb], tool_script(facts, shown), verb, file, rng)
+        given = rng.sample(choices, 3)
+        if facts[verb] in given:
+            given[given.index(facts[verb]) + 1 :] = []
+        commands = [f"tk {verb} {words} {file}" for words in given]
+        return task, [*commands, "done"] if facts[verb] in given else commands
 
     def expert(task: Task, rng: random.Random) -> list[str]:
         """The right call, every second time after a wrong one."""

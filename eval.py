@@ -194,7 +194,7 @@ def kept_trials(args: Namespace, config: Config, checkpoint_folder: Path | None)
     now |= {"checkpoint": str(checkpoint_folder)} if checkpoint_folder else {}
     counted = "seed backend temperature max_turns harness context max_action_tokens output_chars dtype"
     now |= {name: getattr(config, name) for name in counted.split()}
-    path, trials = args.out / "settings.json", args.out / "trials.jsonl"
+    path = args.out / "settings.json"
     try:
         old = dict(json.loads(path.read_bytes())) if path.exists() else now
     except (ValueError, TypeError) as error:
@@ -204,11 +204,8 @@ def kept_trials(args: Namespace, config: Config, checkpoint_folder: Path | None)
     args.out.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".tmp").write_text(json.dumps(now, indent=1) + "\n")
     path.with_suffix(".tmp").replace(path)
-    try:
-        checkpoint.truncate_metrics(trials, lambda record: Trial(**record).reward is not None)
-    except TypeError as error:
-        raise ValueError(f"{trials}: a line is no trial ({error}): pass a new --out") from None
-    return [Trial(**record) for record in report.read(trials)]
+    kept = checkpoint.truncate_metrics(args.out / "trials.jsonl", lambda t: Trial(**t).reward is not None)
+    return [Trial(**record) for record in kept]
 
 
 def summary(trials: list[Trial], k: int, tasks: int) -> list[str]:

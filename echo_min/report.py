@@ -164,9 +164,9 @@ def printable(text: str) -> str:
 
 def tokens_with_surprise(tokenizer, transcript: Transcript, logprobs: dict[int, float]) -> list[Token]:
     """logprobs: position -> nats. A character split over several tokens shows as one mark a token."""
-    written = enumerate(zip(transcript.ids, transcript.roles, strict=True))
+    texts = [printable(tokenizer.decode([i])) for i in transcript.ids]
     nats = [round(0.0 - logprobs.get(t, 0.0), 3) for t in range(len(transcript))]
-    return [(printable(tokenizer.decode([i])), Role(role), nats[t]) for t, (i, role) in written]
+    return list(zip(texts, map(Role, transcript.roles), nats, strict=True))
 
 
 def ansi(tokens: list[Token]) -> str:

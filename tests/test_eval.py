@@ -141,7 +141,8 @@ def test_training_counts_alike(tokenizer, model, monkeypatch):
 
     def episodes(model, tokenizer, tasks, group_size, config, key):
         rewards = (0.5, 1.0, 0.25, 0.0) if key else (1.0, 1.0, 0.5, float("nan"))
-        return [Episode(t, i, reward=r) for i, (t, r) in enumerate(zip(tasks, rewards, strict=True))]
+        each = zip(tasks, examination.expert, rewards, strict=True)
+        return [Episode(task, i, transcript, reward=r) for i, (task, transcript, r) in enumerate(each)]
 
     monkeypatch.setattr(evaluate, "sample_episodes", episodes)
     results = examination.results(0)
@@ -240,7 +241,7 @@ def test_settings_that_cannot_be_read_are_named(tmp_path, content):
     assert (tmp_path / "settings.json").read_bytes() == content
 
 
-@pytest.mark.parametrize("line", ["not json", "{}", "3", '{"task": "a", "member": 0, "reward": 1.0}'])
+@pytest.mark.parametrize("line", ["not json", "{}", "3", "null", '{"task": "a", "member": 0, "reward": 1.0}'])
 def test_trials_that_cannot_be_read_are_named(tmp_path, line):
     flags = "--agent", "noop", "--limit", 1, "--out", tmp_path
     eval.cli([str(flag) for flag in flags])

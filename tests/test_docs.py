@@ -70,6 +70,8 @@ def check(command: str) -> None:
     assert not wrong, f"{name} takes no {' '.join(wrong)}"
     if name in ("train.py", "echo_min/estimate.py") and not {"--resume", "--help"} & set(given):
         cli.parse_args([word for word in given if word != "..."])
+    if name == "figures/controls.py" and (control := given[0]) != "NAME" and not control.startswith("-"):
+        assert f'"{control}": ' in script.read_text().split("CONTROLS = {")[1], f"no control {control}"
     for world in re.findall(r"world:([a-z]\S*)", command):
         load_world(world, 1)
 
@@ -113,6 +115,8 @@ def test_commands_work_as_printed(page):
         "python train.py --tasks world:nothing",
         "python eval.py CHECKPOINT --name x",
         "python figures/lambda_sweep.py --preset tiny",
+        "python figures/controls.py nothing",
+        "python figures/controls.py placebo --k 5",
         "python -m echo_min.estimate --preset tiny --k 5",
     ],
 )

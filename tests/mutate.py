@@ -120,11 +120,18 @@ MUTATIONS = {
         ("what the terminal tells", "shown=$right", "shown=", "worlds"),
     ],
     "echo_min/terminals/sandbox.py": [
-        ("the verdict", 'return 1.0 if reply == b"0" else 0.0', "return 1.0", "sandbox"),
-        ("no verdict", 'if reply not in (b"0", b"1"):', "if False:", "sandbox"),
+        ("the verdict", 'return 1.0 if answer == b"0" else 0.0', "return 1.0", "sandbox"),
+        ("no verdict", 'if answer not in (b"0", b"1"):', "if False:", "sandbox"),
+        ("large files", "if len(content) <= INLINE_BYTES:", "if True:", "limits"),
+    ],
+    "echo_min/terminal.py": [
         ("output that was cut", "len(text) > len(shown))", "False)", "sandbox"),
         ("a command with a NUL", 'data.count(b"\\0") > 1 or ', "", "sandbox"),
         ("a file outside of the work folder", 'or ".." in name.split("/")', "", "sandbox"),
+    ],
+    "echo_min/tasks.py": [
+        ("a limit that is none", "or not 0 < value < math.inf:", "or False:", "limits"),
+        ("too few processes", "if self.processes < 4:", "if False:", "limits"),
     ],
     "echo_min/terminals/bubblewrap.py": [
         ("a box that is not clean", '== b"1 0"', "is not None", "sandbox"),
@@ -141,6 +148,8 @@ MUTATIONS = {
         ("processes left behind", "kill -KILL -- -1", ":", "sandbox"),
         ("files left behind", 'rm -rf -- "${list[@]}"', ":", "sandbox"),
         ("the folder's mode", "chmod 755 /work", ":", "sandbox"),
+        ("the verifier's home", "HOME=/tmp PYTHONSAFEPATH=1", "PYTHONSAFEPATH=1", "sandbox"),
+        ("the verifier's modules", "HOME=/tmp PYTHONSAFEPATH=1", "HOME=/tmp", "sandbox"),
         ("the filter's descriptor", "exec {filter}</opt/filter", "filter=9; exec 9</opt/filter", "sandbox"),
     ],
     "echo_min/terminals/relay.sh": [

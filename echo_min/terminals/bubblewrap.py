@@ -57,11 +57,11 @@ class Box:
         self.kind = limits, tools
         self.process, files = None, _files(limits, tools)
         (orders, self.orders), (self.verdicts, verdicts) = os.pipe(), os.pipe()
-        (self.unread, self.requests), (self.status, status) = os.pipe(), os.pipe()
+        (self.asked, self.requests), (self.status, status) = os.pipe(), os.pipe()
         self.output, output = os.pipe()
-        self.ends = [self.orders, self.verdicts, self.unread, self.requests, self.status, self.output]
-        passed = [self.unread, status, output, *files.values()]
-        pipes = f"requests={self.unread} status={status} output={output}\n"
+        self.ends = [self.orders, self.verdicts, self.asked, self.requests, self.status, self.output]
+        passed = [self.asked, status, output, *files.values()]
+        pipes = f"requests={self.asked} status={status} output={output}\n"
         try:
             self.process = subprocess.Popen(
                 _command(limits, files, pipes),
@@ -78,7 +78,7 @@ class Box:
                 os.close(end)
             if self.process is None:
                 self.close()
-        for end in set(self.ends) - {self.unread}:  # the relay reads from that one
+        for end in set(self.ends) - {self.asked}:  # the relay reads from that one
             os.set_blocking(end, False)
 
     def send(self, end: int, data: bytes) -> bool:
@@ -92,7 +92,7 @@ class Box:
                 break
         return not data
 
-    def reply(self, end: int, seconds: float, collect=lambda: 0) -> bytes | None:
+    def answer(self, end: int, seconds: float, collect=lambda: 0) -> bytes | None:
         """The line on this pipe, b"" at its end, None if none comes in time.
 
         Meanwhile collect is called when there is output; it returns how many bytes it took.
@@ -102,7 +102,7 @@ class Box:
         poll.register(end, select.POLLIN)
         poll.register(self.output, select.POLLIN)
         while True:
-            ready = [fd for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
+            ready = [fd for fd, _ in poll.poll(1000 * min(max(0.0, deadline - time.monotonic()), 3600))]
             if end in ready:
                 return os.read(end, 1000).removesuffix(b"\n")
             if ready and not collect():
@@ -113,9 +113,9 @@ class Box:
     def keep(self) -> None:
         """Clear up after an episode and keep the box for the next one, or close it."""
         surplus = self
-        if self.send(self.orders, b"clear\0") and self.reply(self.verdicts, START_SECONDS) == b"1 0":
+        if self.send(self.orders, b"clear\0") and self.answer(self.verdicts, START_SECONDS) == b"1 0":
             poll = select.poll()
-            for end in (self.unread, self.status, self.output, self.verdicts):
+            for end in (self.asked, self.status, self.output, self.verdicts):
                 poll.register(end, select.POLLIN)
             while ready := poll.poll(0):  # what nobody has read
                 for end, _ in ready:
@@ -152,7 +152,7 @@ def kept_box(limits: Limits, tools: dict[str, bytes]) -> Box | None:
 def _files(limits: Limits, tools: dict[str, bytes]) -> dict[tuple[str, str], int]:
     """(path, permissions) in the box -> a file in memory, from which bwrap copies it there."""
     files = {
-        ("/opt/relay", "0444"): (_settings(limits) + RELAY).encode(),
+        ("/opt/relay", "0444"): (_assignments(limits) + RELAY).encode(),
         ("/opt/filter", "0444"): _syscall_filter(),
     }
     files |= {(f"/etc/{name}", "0444"): content for name, content in USERS.items()}
@@ -190,7 +190,7 @@ def _syscall_filter() -> bytes:
     return b"".join(struct.pack("=HBBI", *line) for line in program)
 
 
-def _settings(limits: Limits) -> str:
+def _assignments(limits: Limits) -> str:
     """The limits as bash assignments; sizes in KiB, as ulimit takes them."""
     return f"""processes={limits.processes} memory={limits.memory_mb * 1024} file={limits.work_mb * 1024}
         limits="-c 0 -t {math.ceil(limits.agent_seconds)} -f $file -n 256 -u $processes -v $memory"\n"""
@@ -221,7 +221,7 @@ def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> l
     if ignored & ~0x181001000:
         command += ["env", "--default-signal"]
     command += ["bash", "--norc", "--noprofile", "-c"]
-    return [*command, _settings(limits) + inner + pipes + SUPERVISOR]
+    return [*command, _assignments(limits) + inner + pipes + SUPERVISOR]
 
 
 @functools.cache

@@ -247,7 +247,7 @@ LIMITS = {
     "network": ("echo > /dev/tcp/1.1.1.1/53 || echo refused", "refused"),
     "interfaces": ("ls /sys/class/net 2>/dev/null || sed 1,2d /proc/net/dev | cut -d: -f1 | tr -d ' '", "lo"),
     "host files": (f"ls -d /root /home /etc/shadow {REPO} {Path.home()} /var /sys 2>/dev/null | wc -l", "0"),
-    "host processes": ("ps -eo args= | grep -cv -e ^ps -e ^grep -e ^bash", "0"),
+    "host processes": ("ps -eo args= | grep -cv -e ^ps -e ^grep -e ^bash -e ^/opt/bash", "0"),
 }
 
 

@@ -11,16 +11,15 @@ nothing, the box is thrown away.
 """
 
 import atexit
-import errno
 import functools
 import math
 import os
 import platform
 import re
+import resource
 import select
 import shutil
 import signal
-import struct
 import subprocess
 import tempfile
 import threading
@@ -29,6 +28,7 @@ from pathlib import Path
 
 from echo_min.config import RunEnded
 from echo_min.tasks import Limits
+from echo_min.terminals import seccomp
 
 START_SECONDS = 10.0  # for a sandbox to come up on a crowded machine
 PIPE_BYTES = 64 * 1024  # what a pipe holds, and all that one read can find
@@ -151,9 +151,14 @@ def kept_box(limits: Limits, tools: dict[str, bytes]) -> Box | None:
 
 def _files(limits: Limits, tools: dict[str, bytes]) -> dict[tuple[str, str], int]:
     """(path, permissions) in the box -> a file in memory, from which bwrap copies it there."""
+    n, refused = limits.processes, seccomp.program()
+    if refused is None:
+        raise SandboxUnavailable(f"no sandbox for {platform.machine()} yet; {HELP}")
     files = {
-        ("/opt/relay", "0444"): (_assignments(limits) + RELAY).encode(),
-        ("/opt/filter", "0444"): _syscall_filter(),
+        ("/opt/relay", "0444"): f"processes={n} limits='-u {n}'\n{RELAY}".encode(),
+        ("/opt/filter", "0444"): refused,
+        # A process whose program it can't read nobody can trace: the agent shall not reach into the relay.
+        ("/opt/bash", "0111"): Path("/usr/bin/bash").read_bytes(),
     }
     files |= {(f"/etc/{name}", "0444"): content for name, content in USERS.items()}
     files |= {(f"/opt/tools/{name}", "0555"): content for name, content in tools.items()}
@@ -164,36 +169,25 @@ def _files(limits: Limits, tools: dict[str, bytes]) -> dict[tuple[str, str], int
     return files
 
 
-def _syscall_filter() -> bytes:
-    """A seccomp program (struct sock_filter[]) for the agent: ENOSYS for what no limit counts (memory outside
-    of processes and file systems), what would outlive the episode (keys, extended attributes), and sockets
-    that no network namespace holds (vsock reaches a virtual machine's host)."""
-    machines = {  # architecture, socket, [memfd_create shmget msgget semget mq_open add_key request_key
-        # keyctl setxattr lsetxattr fsetxattr userfaultfd bpf perf_event_open]
-        "x86_64": (0xC000003E, 41, [319, 29, 68, 64, 240, 248, 249, 250, 188, 189, 190, 323, 321, 298]),
-        "aarch64": (0xC00000B7, 198, [279, 194, 186, 190, 180, 217, 218, 219, 5, 6, 7, 282, 280, 241]),
-    }
-    if platform.machine() not in machines:
-        raise SandboxUnavailable(f"no sandbox for {platform.machine()} yet; {HELP}")
-    architecture, socket, refused = machines[platform.machine()]
-    refused = [*refused, 425, 447, 463]  # io_uring_setup, memfd_secret, setxattrat
-    families = [1, 2, 10, 16]  # unix, inet, inet6, netlink
-    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
-    # (code, lines to skip if true, if false, operand); data at 0: the call, 4: architecture, 16: argument
-    last = 7 + len(refused) + len(families)  # the line that refuses; the one before allows
-    program = [(load, 0, 0, 4), (equal, 0, last - 2, architecture), (load, 0, 0, 0)]
-    program += [(at_least, last - 4, 0, 0x40000000)]  # the x32 calls
-    program += [(equal, last - 5 - i, 0, number) for i, number in enumerate(refused)]
-    program += [(equal, 0, len(families) + 1, socket), (load, 0, 0, 16)]
-    program += [(equal, len(families) - 1 - i, i == len(families) - 1, f) for i, f in enumerate(families)]
-    program += [(answer, 0, 0, 0x7FFF0000), (answer, 0, 0, 0x00050000 | errno.ENOSYS)]
-    return b"".join(struct.pack("=HBBI", *line) for line in program)
-
-
 def _assignments(limits: Limits) -> str:
-    """The limits as bash assignments; sizes in KiB, as ulimit takes them."""
-    return f"""processes={limits.processes} memory={limits.memory_mb * 1024} file={limits.work_mb * 1024}
-        limits="-c 0 -t {math.ceil(limits.agent_seconds)} -f $file -n 256 -u $processes -v $memory"\n"""
+    """The limits as bash assignments. Raises SandboxUnavailable when the host's own limits are lower."""
+    processes, kib = limits.processes, 1024  # as ulimit takes sizes
+    wanted = {  # letter of ulimit -> the kernel's limit, the most that is set, its unit
+        "c": (resource.RLIMIT_CORE, 0, 1),
+        "t": (resource.RLIMIT_CPU, math.ceil(limits.agent_seconds), 1),
+        "f": (resource.RLIMIT_FSIZE, limits.work_mb * 1024, kib),
+        "n": (resource.RLIMIT_NOFILE, 256, 1),
+        "i": (resource.RLIMIT_SIGPENDING, 256, 1),  # timers are counted as well
+        "v": (resource.RLIMIT_AS, limits.memory_mb * 1024, kib),
+        "u": (resource.RLIMIT_NPROC, 2 * processes + 8, 1),  # set for the verifier
+    }
+    for letter, (kind, value, unit) in wanted.items():
+        hard = resource.getrlimit(kind)[1]
+        if 0 <= hard < value * unit:  # -1: unlimited
+            least = f"a task needs {value}, the host's hard limit is {hard // unit}"
+            raise SandboxUnavailable(f"cannot start a sandbox: `ulimit -H{letter}`: {least}; raise it")
+    limits = " ".join(f"-{letter} {value}" for letter, (_, value, _) in wanted.items() if letter != "u")
+    return f"processes={processes} memory={wanted['v'][1]} limits='{limits}'\n"
 
 
 def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> list[str]:
@@ -202,7 +196,7 @@ def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> l
     tmpfs = f"--size {limits.work_mb * 2**20} --tmpfs"
     inner = f"""inner='{inside} --unshare-user --disable-userns --unshare-pid --unshare-ipc --as-pid-1
         --dev-bind / / --proc /proc {tmpfs} /tmp --chdir /work
-        --setenv PATH /opt/tools:/usr/bin:/bin' relay='bash --norc --noprofile /opt/relay'\n"""
+        --setenv PATH /opt/tools:/usr/bin:/bin' relay='/opt/bash --norc --noprofile /opt/relay'\n"""
     command = [binary, *binds]
     if os.geteuid() == 0:  # root is exempt from the limit on processes: a fork bomb would take the machine
         # not Popen(user=...), which copies this process's page tables to fork

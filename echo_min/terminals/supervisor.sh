@@ -11,7 +11,10 @@ while IFS= read -r -d '' order; do
         echo $code; ((code == 0)) || exit ;;
     start)
         exec {filter}</opt/filter  # a number that is free, whatever numbers the pipes have
-        $inner --seccomp $filter $relay <&$requests >&$status 2>&$output {requests}<&- {status}>&- {output}>&- &
+        # The relay can fork when the agent no longer can.
+        (ulimit $limits -u $((processes + 8)); unset SHLVL
+            exec $inner --seccomp $filter $relay <&$requests >&$status 2>&$output \
+                {requests}<&- {status}>&- {output}>&-) &
         exec {filter}<&- ;;
     late) kill -URG -- -$! && echo sent || echo gone ;;
     verify\ *)

@@ -1,14 +1,15 @@
 """A task: what the agent is asked, what lies in its work folder, and the script that decides the reward."""
 
+import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one episode of a task may take. Times in seconds, sizes in MiB."""
+    """What one episode of a task may take. Times in seconds, sizes in MiB. ValueError names a bad field."""
 
     command_seconds: float = 5.0  # one command
     agent_seconds: float = 60.0  # all turns together
@@ -17,6 +18,14 @@ class Limits:
     work_mb: int = 16  # the work folder
     processes: int = 32  # alive at one time
 
+    def __post_init__(self):
+        for limit in fields(self):
+            value, whole = getattr(self, limit.name), limit.type is int
+            if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{limit.name}: expected a {'whole ' * whole}number above 0, got {value!r}")
+        if self.processes < 4:
+            raise ValueError(f"processes: expected at least 4, for bash and a pipe, got {self.processes}")
+
 
 @dataclass(frozen=True)
 class Task:
@@ -24,7 +33,9 @@ class Task:
 
     files: path below the work folder -> content. tools: name -> executable on PATH, read-only to the agent.
     verify exits with 0 for reward 1 and with 1 for reward 0; any other exit is an error of the
-    infrastructure. With an environment, verify writes the reward to a file instead (terminals/docker.py).
+    infrastructure. It is not given the agent's startup files (HOME is elsewhere, python imports nothing from
+    the work folder unless told to), but what it runs there may read some: .git/config, Makefile, conftest.py.
+    With an environment, verify writes the reward to a file instead (terminals/docker.py).
     """
 
     name: str

@@ -79,7 +79,7 @@ def test_terminal_bench_2(tmp_path):
 def test_newer_schema(tmp_path):
     task = harbor_task(write(tmp_path, NEWER), allow_network=True)
     limits, environment = task.limits, task.environment
-    assert (limits.memory_mb, limits.work_mb, limits.agent_seconds) == (4096, 512, float("inf"))
+    assert (limits.memory_mb, limits.work_mb, limits.agent_seconds) == (4096, 512, 1e9)
     assert (environment.workdir, environment.env, environment.network) == ("/srv", {"A": "1"}, True)
     assert (environment.cpus, environment.verifier_env, environment.image) == (2, {"MODE": "strict"}, "")
     offline = NEWER.replace("public", "no-network") + "\n"

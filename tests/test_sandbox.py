@@ -202,10 +202,10 @@ def test_interrupts_after_the_end_are_forgotten(terminal):
     for _ in range(10):
         terminal._send(terminal._box.requests, b"sleep 0.01\0")
         terminal._send(terminal._box.orders, b"late\0" * 50)
-        assert terminal._box.reply(terminal._box.status, 5) is not None
+        assert terminal._box.answer(terminal._box.status, 5) is not None
         acknowledged = b""
         while len(acknowledged) < 50 * len("sent"):
-            acknowledged += terminal._box.reply(terminal._box.verdicts, 5).replace(b"\n", b"")
+            acknowledged += terminal._box.answer(terminal._box.verdicts, 5).replace(b"\n", b"")
         output = terminal.run("sleep 0.05; echo next")
         assert (output.text, output.timed_out) == ("next\n", False)
 
@@ -247,7 +247,7 @@ LIMITS = {
     "network": ("echo > /dev/tcp/1.1.1.1/53 || echo refused", "refused"),
     "interfaces": ("ls /sys/class/net 2>/dev/null || sed 1,2d /proc/net/dev | cut -d: -f1 | tr -d ' '", "lo"),
     "host files": (f"ls -d /root /home /etc/shadow {REPO} {Path.home()} /var /sys 2>/dev/null | wc -l", "0"),
-    "host processes": ("ps -eo args= | grep -cv -e ^ps -e ^grep -e ^bash", "0"),
+    "host processes": ("ps -eo args= | grep -cv -e ^ps -e ^grep -e ^bash -e ^/opt/bash", "0"),
 }
 
 
@@ -341,6 +341,24 @@ def test_the_verifiers_words_are_out_of_sight(open_here):
         assert terminal.verify() == 1.0
         if open_here is not open_terminal:  # there the agent is still at work
             assert terminal.run("cat spied").text == ""
+
+
+STARTUP = {
+    "usercustomize": "for v in {9..20}; do d=.local/lib/python3.$v/site-packages; mkdir -p $d;"
+    "echo 'import os; os._exit(0)' > $d/usercustomize.py; done",
+    "a module in the work folder": "echo 'import os; os._exit(0)' > json.py",
+    "bash": "for f in .bashrc .bash_profile .profile; do echo 'exit 0' > $f; done",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STARTUP)
+def test_the_verifier_reads_no_startup_file_of_the_agents(name):
+    verify = """[[ $HOME != /work ]] || exit 0
+        python3 -c 'import json, sys; sys.exit(1)' && exit 0
+        bash -lc 'exit 1'"""
+    with open_terminal(make_task(verify)) as terminal:
+        terminal.run(STARTUP[name])
+        assert terminal.verify() == 0.0
 
 
 def test_verifier_can_shut_in_the_agents_program():

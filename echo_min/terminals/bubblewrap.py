@@ -11,16 +11,15 @@ nothing, the box is thrown away.
 """
 
 import atexit
-import errno
 import functools
 import math
 import os
 import platform
 import re
+import resource
 import select
 import shutil
 import signal
-import struct
 import subprocess
 import tempfile
 import threading
@@ -29,6 +28,7 @@ from pathlib import Path
 
 from echo_min.config import RunEnded
 from echo_min.tasks import Limits
+from echo_min.terminals import seccomp
 
 START_SECONDS = 10.0  # for a sandbox to come up on a crowded machine
 PIPE_BYTES = 64 * 1024  # what a pipe holds, and all that one read can find
@@ -57,11 +57,11 @@ class Box:
         self.kind = limits, tools
         self.process, files = None, _files(limits, tools)
         (orders, self.orders), (self.verdicts, verdicts) = os.pipe(), os.pipe()
-        (self.unread, self.requests), (self.status, status) = os.pipe(), os.pipe()
+        (self.asked, self.requests), (self.status, status) = os.pipe(), os.pipe()
         self.output, output = os.pipe()
-        self.ends = [self.orders, self.verdicts, self.unread, self.requests, self.status, self.output]
-        passed = [self.unread, status, output, *files.values()]
-        pipes = f"requests={self.unread} status={status} output={output}\n"
+        self.ends = [self.orders, self.verdicts, self.asked, self.requests, self.status, self.output]
+        passed = [self.asked, status, output, *files.values()]
+        pipes = f"requests={self.asked} status={status} output={output}\n"
         try:
             self.process = subprocess.Popen(
                 _command(limits, files, pipes),
@@ -79,7 +79,7 @@ class Box:
                 os.close(end)
             if self.process is None:
                 self.close()
-        for end in set(self.ends) - {self.unread}:  # the relay reads from that one
+        for end in set(self.ends) - {self.asked}:  # the relay reads from that one
             os.set_blocking(end, False)
 
     def send(self, end: int, data: bytes) -> bool:
@@ -93,7 +93,7 @@ class Box:
                 break
         return not data
 
-    def reply(self, end: int, seconds: float, collect=lambda: 0) -> bytes | None:
+    def answer(self, end: int, seconds: float, collect=lambda: 0) -> bytes | None:
         """The line on this pipe, b"" at its end, None if none comes in time.
 
         Meanwhile collect is called when there is output; it returns how many bytes it took.
@@ -103,7 +103,7 @@ class Box:
         poll.register(end, select.POLLIN)
         poll.register(self.output, select.POLLIN)
         while True:
-            ready = [fd for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
+            ready = [fd for fd, _ in poll.poll(1000 * min(max(0.0, deadline - time.monotonic()), 3600))]
             if end in ready:
                 return os.read(end, 1000).removesuffix(b"\n")
             if ready and not collect():
@@ -114,9 +114,9 @@ class Box:
     def keep(self) -> None:
         """Clear up after an episode and keep the box for the next one, or close it."""
         surplus = self
-        if self.send(self.orders, b"clear\0") and self.reply(self.verdicts, START_SECONDS) == b"1 0":
+        if self.send(self.orders, b"clear\0") and self.answer(self.verdicts, START_SECONDS) == b"1 0":
             poll = select.poll()
-            for end in (self.unread, self.status, self.output, self.verdicts):
+            for end in (self.asked, self.status, self.output, self.verdicts):
                 poll.register(end, select.POLLIN)
             while ready := poll.poll(0):  # what nobody has read
                 for end, _ in ready:
@@ -152,9 +152,14 @@ def kept_box(limits: Limits, tools: dict[str, bytes]) -> Box | None:
 
 def _files(limits: Limits, tools: dict[str, bytes]) -> dict[tuple[str, str], int]:
     """(path, permissions) in the box -> a file in memory, from which bwrap copies it there."""
+    n, refused = limits.processes, seccomp.program()
+    if refused is None:
+        raise SandboxUnavailable(f"no sandbox for {platform.machine()} yet; {HELP}")
     files = {
-        ("/opt/relay", "0444"): (_settings(limits) + RELAY).encode(),
-        ("/opt/filter", "0444"): _syscall_filter(),
+        ("/opt/relay", "0444"): f"processes={n} limits='-u {n}'\n{RELAY}".encode(),
+        ("/opt/filter", "0444"): refused,
+        # A process whose program it can't read nobody can trace: the agent shall not reach into the relay.
+        ("/opt/bash", "0111"): Path("/usr/bin/bash").read_bytes(),
     }
     files |= {(f"/etc/{name}", "0444"): content for name, content in USERS.items()}
     files |= {(f"/opt/tools/{name}", "0555"): content for name, content in tools.items()}
@@ -165,36 +170,25 @@ def _files(limits: Limits, tools: dict[str, bytes]) -> dict[tuple[str, str], int
     return files
 
 
-def _syscall_filter() -> bytes:
-    """A seccomp program (struct sock_filter[]) for the agent: ENOSYS for what no limit counts (memory outside
-    of processes and file systems), what would outlive the episode (keys, extended attributes), and sockets
-    that no network namespace holds (vsock reaches a virtual machine's host)."""
-    machines = {  # architecture, socket, [memfd_create shmget msgget semget mq_open add_key request_key
-        # keyctl setxattr lsetxattr fsetxattr userfaultfd bpf perf_event_open]
-        "x86_64": (0xC000003E, 41, [319, 29, 68, 64, 240, 248, 249, 250, 188, 189, 190, 323, 321, 298]),
-        "aarch64": (0xC00000B7, 198, [279, 194, 186, 190, 180, 217, 218, 219, 5, 6, 7, 282, 280, 241]),
+def _assignments(limits: Limits) -> str:
+    """The limits as bash assignments. Raises SandboxUnavailable when the host's own limits are lower."""
+    processes, kib = limits.processes, 1024  # as ulimit takes sizes
+    wanted = {  # letter of ulimit -> the kernel's limit, the most that is set, its unit
+        "c": (resource.RLIMIT_CORE, 0, 1),
+        "t": (resource.RLIMIT_CPU, math.ceil(limits.agent_seconds), 1),
+        "f": (resource.RLIMIT_FSIZE, limits.work_mb * 1024, kib),
+        "n": (resource.RLIMIT_NOFILE, 256, 1),
+        "i": (resource.RLIMIT_SIGPENDING, 256, 1),  # timers are counted as well
+        "v": (resource.RLIMIT_AS, limits.memory_mb * 1024, kib),
+        "u": (resource.RLIMIT_NPROC, 2 * processes + 8, 1),  # set for the verifier
     }
-    if platform.machine() not in machines:
-        raise SandboxUnavailable(f"no sandbox for {platform.machine()} yet; {HELP}")
-    architecture, socket, refused = machines[platform.machine()]
-    refused = [*refused, 425, 447, 463]  # io_uring_setup, memfd_secret, setxattrat
-    families = [1, 2, 10, 16]  # unix, inet, inet6, netlink
-    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
-    # (code, lines to skip if true, if false, operand); data at 0: the call, 4: architecture, 16: argument
-    last = 7 + len(refused) + len(families)  # the line that refuses; the one before allows
-    program = [(load, 0, 0, 4), (equal, 0, last - 2, architecture), (load, 0, 0, 0)]
-    program += [(at_least, last - 4, 0, 0x40000000)]  # the x32 calls
-    program += [(equal, last - 5 - i, 0, number) for i, number in enumerate(refused)]
-    program += [(equal, 0, len(families) + 1, socket), (load, 0, 0, 16)]
-    program += [(equal, len(families) - 1 - i, i == len(families) - 1, f) for i, f in enumerate(families)]
-    program += [(answer, 0, 0, 0x7FFF0000), (answer, 0, 0, 0x00050000 | errno.ENOSYS)]
-    return b"".join(struct.pack("=HBBI", *line) for line in program)
-
-
-def _settings(limits: Limits) -> str:
-    """The limits as bash assignments; sizes in KiB, as ulimit takes them."""
-    return f"""processes={limits.processes} memory={limits.memory_mb * 1024} file={limits.work_mb * 1024}
-        limits="-c 0 -t {math.ceil(limits.agent_seconds)} -f $file -n 256 -u $processes -v $memory"\n"""
+    for letter, (kind, value, unit) in wanted.items():
+        hard = resource.getrlimit(kind)[1]
+        if 0 <= hard < value * unit:  # -1: unlimited
+            least = f"a task needs {value}, the host's hard limit is {hard // unit}"
+            raise SandboxUnavailable(f"cannot start a sandbox: `ulimit -H{letter}`: {least}; raise it")
+    limits = " ".join(f"-{letter} {value}" for letter, (_, value, _) in wanted.items() if letter != "u")
+    return f"processes={processes} memory={wanted['v'][1]} limits='{limits}'\n"
 
 
 def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> list[str]:
@@ -203,7 +197,7 @@ def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> l
     tmpfs = f"--size {limits.work_mb * 2**20} --tmpfs"
     inner = f"""inner='{inside} --unshare-user --disable-userns --unshare-pid --unshare-ipc --as-pid-1
         --dev-bind / / --proc /proc {tmpfs} /tmp --chdir /work
-        --setenv PATH /opt/tools:/usr/bin:/bin' relay='bash --norc --noprofile /opt/relay'\n"""
+        --setenv PATH /opt/tools:/usr/bin:/bin' relay='/opt/bash --norc --noprofile /opt/relay'\n"""
     command = [binary, *binds]
     if os.geteuid() == 0:  # root is exempt from the limit on processes: a fork bomb would take the machine
         # not Popen(user=...), which copies this process's page tables to fork
@@ -222,7 +216,7 @@ def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> l
     if ignored & ~0x181001000:
         command += ["env", "--default-signal"]
     command += ["bash", "--norc", "--noprofile", "-c"]
-    return [*command, _settings(limits) + inner + pipes + SUPERVISOR]
+    return [*command, _assignments(limits) + inner + pipes + SUPERVISOR]
 
 
 @functools.cache

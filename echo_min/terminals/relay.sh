@@ -1,5 +1,5 @@
-# Takes commands on stdin, answers on stdout; what was stderr becomes the commands' output. The limits are the
-# commands' own: it can fork when the agent no longer can. Only builtins: a fork costs half a command.
+# Takes commands on stdin, answers on stdout; what was stderr becomes the commands' output. `limits` are the
+# commands' own, beside those it has itself. Only builtins: a fork costs half a command.
 # Job control here, or else bash would start a command in the background with SIGINT ignored.
 set -m; exec 3>&2 2>/dev/null
 trap late=late URG

@@ -21,6 +21,7 @@ from echo_min.tasks import Task
 from echo_min.terminal import GRACE_SECONDS, Terminal, TerminalDied
 from echo_min.terminals.bubblewrap import HELP, PIPE_BYTES, START_SECONDS, Box, SandboxUnavailable, kept_box
 
+INLINE_BYTES = 2048  # bash reads its orders byte by byte
 _few_at_a_time = threading.BoundedSemaphore(8)  # to start takes some twenty open files, to run six
 
 
@@ -40,9 +41,9 @@ class Sandbox(Terminal):
     def _open(self, layout: bytes) -> bytes | None:
         """Lay out the files and start the relay. -> None, or what was said before the box was closed."""
         box = self._box
-        box.send(box.orders, b"files %d\0" % len(layout) + layout + b"start\0")
-        said = box.reply(box.verdicts, START_SECONDS) or b""
-        if said == b"0" and box.reply(box.status, START_SECONDS, self._collect) == b"ready":
+        box.send(box.orders, layout + b"start\0")
+        said = box.answer(box.verdicts, START_SECONDS) or b""
+        if said == b"0" and box.answer(box.status, START_SECONDS, self._collect) == b"ready":
             return None
         box.close()
         if re.fullmatch(rb"[1-9]\d{0,2}", said):
@@ -52,28 +53,28 @@ class Sandbox(Terminal):
     def _command(self, data: bytes, seconds: float) -> str:
         deadline, box = time.monotonic() + seconds, self._alive()
         self._send(box.requests, data)
-        reply = box.reply(box.status, seconds, self._collect)
-        while reply is None and time.monotonic() < deadline + GRACE_SECONDS:
+        answer = box.answer(box.status, seconds, self._collect)
+        while answer is None and time.monotonic() < deadline + GRACE_SECONDS:
             # Repeated: bash may have been just before `wait`. Acknowledged: none may hit the next command.
             self._send(box.orders, b"late\0")
-            if box.reply(box.verdicts, GRACE_SECONDS, self._collect) != b"sent":
+            if box.answer(box.verdicts, GRACE_SECONDS, self._collect) != b"sent":
                 break
-            reply = box.reply(box.status, 0.1, self._collect)
-        if not re.fullmatch(rb"late|\d{1,3}", reply or b""):
-            self._die("the sandbox " + ("does not answer" if reply is None else f"broke down: {reply!r}"))
+            answer = box.answer(box.status, 0.1, self._collect)
+        if not re.fullmatch(rb"late|\d{1,3}", answer or b""):
+            self._die("the sandbox " + ("does not answer" if answer is None else f"broke down: {answer!r}"))
         self._collect()
-        return reply.decode()
+        return answer.decode()
 
     def verify(self) -> float:
         """1.0 or 0.0, as the task's verifier says. Raises TerminalDied when it says neither."""
         seconds, verifier = self.task.limits.verifier_seconds, self.task.verify.encode()
         box = self._alive()
         self._send(box.orders, b"verify %d\0" % len(verifier) + verifier)
-        reply = box.reply(box.verdicts, seconds, self._collect)
-        if reply not in (b"0", b"1"):
-            said = f"exited with {reply.decode()}" if reply else "did not answer"
+        answer = box.answer(box.verdicts, seconds, self._collect)
+        if answer not in (b"0", b"1"):
+            said = f"exited with {answer.decode()}" if answer else "did not answer"
             self._die(f"the verifier of {self.task.name} {said}; it must exit with 0 or 1 within {seconds} s")
-        return 1.0 if reply == b"0" else 0.0
+        return 1.0 if answer == b"0" else 0.0
 
     def copy_in(self, folder: Path, target: str) -> None:
         if (target != "/work" and not target.startswith("/work/")) or ".." in target.split("/"):
@@ -81,8 +82,9 @@ class Sandbox(Terminal):
         paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         names = [str(Path(target, path.relative_to(folder)).relative_to("/work")) for path in paths]
         layout = _layout(dict(zip(names, (path.read_bytes() for path in paths), strict=True)))
-        self._send(self._alive().orders, b"files %d\0" % len(layout) + layout)
-        if self._alive().reply(self._box.verdicts, START_SECONDS, self._collect) != b"0":
+        box = self._alive()
+        box.send(box.orders, layout)
+        if box.answer(box.verdicts, START_SECONDS, self._collect) != b"0":
             self._die(f"{folder} could not be copied to {target}: it exceeds work_mb, or names clash")
 
     def close(self) -> None:
@@ -115,10 +117,18 @@ class Sandbox(Terminal):
 
 
 def _layout(files: dict[str, bytes]) -> bytes:
-    """Files of the work folder as a bash script of builtins (a fork costs as much as the rest of it)."""
+    """The order to lay out files of the work folder: a bash script, then what it reads.
+
+    Small files stand in the script, so that it forks for folders and large ones alone: as costly as the rest.
+    """
     folders = {f"/work/{folder}" for name in files if (folder := os.path.dirname(name))}
-    lines = [f"mkdir -p -- {shlex.join(sorted(folders))}"] if folders else []
+    lines, read = [f"mkdir -p -- {shlex.join(sorted(folders))}"] if folders else [], b""
     for name, content in files.items():
-        octal = "".join(chr(b) if chr(b).isalnum() and b < 128 else f"\\0{b:03o}" for b in content)
-        lines.append(f"printf %b '{octal}' > {shlex.quote(f'/work/{name}')}")
-    return " && ".join(lines).encode()
+        if len(content) <= INLINE_BYTES:
+            octal = "".join(chr(b) if chr(b).isalnum() and b < 128 else f"\\0{b:03o}" for b in content)
+            source = f"printf %b '{octal}'"
+        else:
+            source, read = f"head -c {len(content)}", read + content
+        lines.append(f"{source} > {shlex.quote(f'/work/{name}')}")
+    script = " && ".join(lines).encode()
+    return b"files %d\0" % len(script) + script + read

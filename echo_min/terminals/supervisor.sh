@@ -4,21 +4,27 @@
 set -m; umask 022; shopt -s dotglob nullglob; exec 2>/dev/null
 while IFS= read -r -d '' order; do
     case $order in
-    files\ *)
+    files\ *)  # a script, then what it reads; if it fails, the rest of that would pass for orders
         length=${order#files } files=
         ((length == 0)) || read -r -N $length files
-        (eval "$files"); echo $? ;;
+        (eval "$files"); code=$?
+        echo $code; ((code == 0)) || exit ;;
     start)
         exec {filter}</opt/filter  # a number that is free, whatever numbers the pipes have
-        $inner --seccomp $filter $relay <&$requests >&$status 2>&$output {requests}<&- {status}>&- {output}>&- &
+        # The relay can fork when the agent no longer can.
+        (ulimit $limits -u $((processes + 8)); unset SHLVL
+            exec $inner --seccomp $filter $relay <&$requests >&$status 2>&$output \
+                {requests}<&- {status}>&- {output}>&-) &
         exec {filter}<&- ;;
     late) kill -URG -- -$! && echo sent || echo gone ;;
     verify\ *)
         read -r -N ${order#verify } verifier
-        # -u counts the agent's processes too
+        # -u counts the agent's processes too. By stdin: a command line holds 128 KiB. No startup file nor module
+        # of the agent's is read unasked.
         (ulimit -c 0 -v $memory -u $((2 * processes + 8))
-            exec {requests}<&- {status}>&- {output}>&- bash --norc --noprofile -c -- "$verifier"
-        ) </dev/null &>/dev/null
+            HOME=/tmp PYTHONSAFEPATH=1 exec {requests}<&- {status}>&- {output}>&- bash --norc --noprofile -c \
+                'IFS= read -r -d "" script; eval "$script"' <<<"$verifier"
+        ) &>/dev/null
         echo $? ;;
     clear)  # whatever is left of the episode; what can't be removed shows in the answer
         for ((try = 0, left = 2; left > 1 && try < 500; try++)); do

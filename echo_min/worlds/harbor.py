@@ -82,7 +82,7 @@ def harbor_task(folder: Path, allow_network: bool = False) -> Task:
         raise ValueError(f"{path}: [environment] gpus: containers get no GPU here")
     if verifier.values.get("environment_mode") == "separate":
         raise ValueError(f"{path}: [verifier] environment_mode: only a verifier in the agent's own container")
-    agent_seconds = agent.number("timeout_sec", math.inf)
+    agent_seconds = agent.number("timeout_sec", 1e9)
     given = _Table(path, settings, "solution").texts("env")
     solve = " ".join([*(f"{k}={shlex.quote(v)}" for k, v in given.items()), "/solution/solve.sh"])
     return Task(

@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
     try:
         if "resume" not in given:
             config = Config(**PRESETS[given.pop("preset", "tiny")] | given)
-            return config, config.folder
+            return config, Path("runs", config.name)
         folder = given.pop("resume")
         if others := given.keys() - {"steps"}:
             raise ValueError(f"--resume takes its settings from the run; remove --{' --'.join(others)}")

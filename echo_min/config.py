@@ -104,14 +104,10 @@ class Config:
                 raise ValueError(f"{f.name}: {value!r} is not one of {', '.join(choices)}")
         if unknown := set(self.arms.split(",")) - set(ARMS):
             raise ValueError(f"arms: {', '.join(sorted(unknown))} is not one of {', '.join(ARMS)}")
-        if not (self.beta1 < 1 and self.beta2 < 1 and self.clip_low < 1):
+        if max(self.beta1, self.beta2, self.clip_low) >= 1:
             raise ValueError("beta1, beta2 and clip_low must be below 1")
         if "/" in self.name or self.name in ("", ".", ".."):
             raise ValueError(f"name: {self.name!r} is not a plain folder name")
-
-    @property
-    def folder(self) -> Path:
-        return Path("runs") / self.name
 
     @property
     def makes_base(self) -> bool:

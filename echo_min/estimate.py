@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 from echo_min.checkpoint import located
 from echo_min.cli import parse_args
 from echo_min.config import Config
-from echo_min.optimizer import lost_updates
+from echo_min.machine import lost_updates
 from echo_min.tiny import tiny_model, tiny_tokenizer
 
 GB, GPUS = 1e9, (24, 48, 80, 141)

@@ -1,5 +1,6 @@
 """This machine: its device and threads, and what to do when its memory runs out."""
 
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from traceback import walk_tb
@@ -40,8 +41,18 @@ def ran_out(error: Exception) -> bool:
     return memory or any(text in str(error) for text in texts)
 
 
+def lost_updates(config: Config) -> str:
+    """A warning if these settings would train next to nothing, else ''."""
+    if config.dtype != "bfloat16" or config.optimizer != "adamw" or config.learning_rate > 1e-5:
+        return ""
+    lost = f"warning: at learning_rate {config.learning_rate:g} AdamW loses nearly every update of bfloat16"
+    return f"{lost} weights, which it rounds to the nearest; --optimizer adamw8bit rounds stochastically"
+
+
 def on_this_machine(config: Config) -> Config:
     """Set torch's threads and settle device "auto". Raises ValueError if the device is not there."""
+    if warning := lost_updates(config):
+        print(warning, file=sys.stderr)
     if config.threads:
         torch.set_num_threads(config.threads)
     here = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,27 +5,15 @@ every time. Rounded up or down at random, with the chance that the remainder say
 no float32 copy of the weights is needed. AdamW's two means take one byte a weight each, not two or four.
 """
 
-import sys
-
 import torch
 
 from echo_min.config import Config, RunEnded
-
-
-def lost_updates(config: Config) -> str:
-    """A warning if these settings would train next to nothing, else ''."""
-    if config.dtype != "bfloat16" or config.optimizer != "adamw" or config.learning_rate > 1e-5:
-        return ""
-    lost = f"warning: at learning_rate {config.learning_rate:g} AdamW loses nearly every update of bfloat16"
-    return f"{lost} weights, which it rounds to the nearest; --optimizer adamw8bit rounds stochastically"
 
 
 def make_optimizer(model, config: Config) -> torch.optim.Optimizer:
     """AdamW over all weights; its learning rate is set by each step. Raises RunEnded without torchao."""
     options = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        if warning := lost_updates(config):
-            print(warning, file=sys.stderr)
         return torch.optim.AdamW(model.parameters(), **options)
     try:
         from torchao.optim import AdamW8bit  # also makes its states known to torch.load

@@ -119,8 +119,8 @@ class Sampler:
         return [replies[e] for e in episodes]
 
     def _arrange(self, episodes: list[int]) -> None:
-        """Let the cache's rows hold these episodes in this order, which self.cached then has, too. A newcomer
-        gets a copy of some row, of which it sees nothing."""
+        """Let the cache's rows hold these episodes, in this order. A newcomer gets a copy of some row, of which
+        it sees nothing."""
         row = {e: b for b, e in enumerate(self.cached)}
         if episodes != list(self.cached):
             self.cache.arrange([row.get(e, 0) for e in episodes])
@@ -137,12 +137,8 @@ class Sampler:
         return torch.from_numpy(drawn).to(self.model.device)
 
     def _read(self, ids: list[list[int]]) -> torch.Tensor:
-        """Prefill every episode with its ids. -> logits[B, V] after each one's last.
-
-        In parts of columns, each of at most prefill_tokens with the padding; if there are several, ids come
-        longest first, and rows without any left drop out. A part's mask takes prefill_tokens bytes a slot in
-        sight, and attention a copy in its own type: 256 MiB and 512 MiB at 16k * 16k in bfloat16.
-        """
+        """Prefill every episode with its ids. -> logits[B, V] after each one's last. In parts of columns, of
+        at most prefill_tokens with the padding; if there are several, ids come longest first."""
         cached, first, hidden = list(self.cached.values()), 0, None
         while n := sum(len(new) > first for new in ids):
             end = min(len(max(ids, key=len)), first + max(1, self.config.prefill_tokens // n))
@@ -161,8 +157,7 @@ class Sampler:
         return self._logits(hidden)
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:
-        """ids[n, T] for the cache's first n rows at positions[n, T]; its first `size` slots can be seen.
-        -> last hidden states[n, T, d]"""
+        """ids[n, T] for the cache's first n rows at positions[n, T], which see `size` slots. -> hidden[n, T, d]"""
         ids, positions = ids.to(self.model.device), positions.to(self.model.device)
         self.cache.positions, self.cache.size = positions, size
         slots = torch.arange(size, device=ids.device)  # [S]

@@ -33,9 +33,7 @@ class Task:
 
     files: path below the work folder -> content. tools: name -> executable on PATH, read-only to the agent.
     verify exits with 0 for reward 1 and with 1 for reward 0; any other exit is an error of the
-    infrastructure. It is not given the agent's startup files (HOME is elsewhere, python imports nothing from
-    the work folder unless told to), but what it runs there may read some: .git/config, Makefile, conftest.py.
-    With an environment, verify writes the reward to a file instead (terminals/docker.py).
+    infrastructure. With an environment, it writes the reward to a file instead (terminals/docker.py).
     """
 
     name: str

@@ -72,6 +72,8 @@ def run(args: Namespace) -> None:
     rows = [(i, m) for m in [*range(args.k), *greedy] for i in chosen if (tasks[i].name, m) not in have]
     if args.html and not rows:
         raise ValueError(f"--html shows trials as they are played; {args.out} holds them all: remove --out")
+    if args.html:
+        args.html.parent.mkdir(parents=True, exist_ok=True)
     policy = checkpoint.load_policy(folder, config.device, config.dtype) if folder and rows else None
     with tqdm(total=len(rows), desc=args.agent, disable=None, unit="trial") as bar:
         while rows:
@@ -90,10 +92,10 @@ def run(args: Namespace) -> None:
                     shown.append(f"\n--- {e.task.name}: reward {e.reward:g}, {e.stop}\n{report.ansi(tokens)}")
                 if len(points) < ON_A_PAGE:
                     points.append(page.point(e, tokens, arm="policy", step=len(points), member=member))
+            if args.html:
+                page.write(args.html, f"{folder}, {args.tasks}", points)
             rows = rows[len(part) :]
             bar.update(len(part))
-    if args.html:
-        page.write(args.html, f"{folder}, {args.tasks}", points)
     names = {tasks[i].name for i in chosen}  # --out may hold more
     print(*summary([t for t in trials if t.task in names], args.k, len(names)), *shown, sep="\n")
 

@@ -18,7 +18,7 @@ from echo_min.checkpoint import load_policy
 from echo_min.config import Config
 from echo_min.evaluate import expert_transcripts, observation_logprobs
 from echo_min.masking import Role, Transcript, encode
-from echo_min.rollout import Episode, StopReason
+from echo_min.rollout import Episode, StopReason, sample_episodes
 from echo_min.tasks import Task
 from echo_min.worlds.registry import load_tasks
 
@@ -228,8 +228,9 @@ def test_a_page_is_written_whole_or_not_at_all(drawn):
 
 
 SMALL = Config(
-    name="small", tasks="world:tool", max_turns=3, device="cpu", threads=1, base_demonstrations=24,
-    base_steps=3, steps=2, tasks_per_step=2, group_size=2, eval_every=1, save_every=1, eval_tasks=4,
+    name="small", tasks="world:tool", max_turns=3, device="cpu", threads=1, base_demonstrations=64,
+    base_steps=40, base_batch=16, steps=2, tasks_per_step=2, group_size=2, eval_every=1, save_every=1,
+    eval_tasks=4,
 )  # fmt: skip
 
 
@@ -252,13 +253,15 @@ def test_a_run_saves_what_its_policies_read_and_did(run):
     transcripts = expert_transcripts(tokenizer, world, SMALL)
     longest = max(transcripts, key=len)
     assert len(longest) > min(map(len, transcripts))  # one of its calls fails
-    (logprobs,) = observation_logprobs(model, [longest], SMALL)
-    expected = report.tokens_with_surprise(tokenizer, longest, logprobs)
-    base = lines[0]
-    assert [(text, role) for text, role, _ in base["expert"]] == [token[:2] for token in expected]
-    assert [nats for *_, nats in base["expert"]] == pytest.approx([nats for *_, nats in expected], abs=2e-3)
-    assert base["task"] == world.held_out[transcripts.index(longest)].name
-    assert sum(nats for *_, nats in base["own"]) > 0
+    i, tasks, base = transcripts.index(longest), world.held_out[: SMALL.eval_tasks], lines[0]
+    greedy = sample_episodes(model, tokenizer, tasks, 1, SMALL, None)[i]
+    assert (base["task"], base["reward"], base["stop"]) == (tasks[i].name, greedy.reward, greedy.stop)
+    for kind, transcript in (("expert", longest), ("own", greedy.transcript)):
+        (logprobs,) = observation_logprobs(model, [transcript], SMALL)
+        expected = report.tokens_with_surprise(tokenizer, transcript, logprobs)
+        assert [(text, role) for text, role, _ in base[kind]] == [token[:2] for token in expected]
+        assert [nats for *_, nats in base[kind]] == pytest.approx([nats for *_, nats in expected], abs=2e-3)
+        assert sum(nats for *_, nats in base[kind]) > 0
     assert base["expert"] != lines[-1]["expert"]
     shown = Shown(run / "index.html", "#step=1")
     assert [column["h3"] for column in shown.columns] == ["base", "grpo, step 1", "echo, step 1"] * 2

@@ -108,6 +108,18 @@ def test_a_control_changes_the_batch_and_sees_what_it_may(model, tokenizer):
     assert context.telling == WORLD.telling
 
 
+def test_a_controls_targets_are_what_is_predicted_and_its_ce_has_another_name(model, tokenizer):
+    def control(batch, context):
+        context.metrics["moved"] = 1.0
+        return replace(batch, targets=(batch.targets + 1) % 300)
+
+    plain, metrics = one_step(model, tokenizer)[1], one_step(model, tokenizer, control=control)[1]
+    assert metrics["env_loss"] != plain["env_loss"] and metrics["moved"] == 1.0
+    assert metrics["control_ce"] > 0 and metrics["control_ce"] != plain["observation_ce"]
+    assert not {"observation_ce", "trivial_failures"} & set(metrics)
+    assert metrics["turns"] == plain["turns"]
+
+
 def test_a_control_sees_the_rows_of_the_batch(model, tokenizer, monkeypatch):
     """An episode that is not valid is neither in the batch nor in what the control sees."""
     real = train.sample_episodes

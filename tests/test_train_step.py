@@ -288,7 +288,8 @@ def test_what_an_arm_logs_and_saves_and_when(run, saved):
     assert saved == [0, 3, 5] and checkpoint.latest(run / "echo")[0] == 5
     names = sorted(path.name for path in (run / "transcripts").iterdir())
     assert names == [f"echo-{step:06d}.txt" for step in (2, 4, 5)]
-    assert arm(run) == lines and saved == [0, 3, 5]  # it is done
+    train.train_arm("echo", SMALL, replace(WORLD, expert=None), run, threading.Event(), None)
+    assert report.read(run / "metrics.jsonl") == lines and saved == [0, 3, 5]  # it was done
     again = arm(run, replace(SMALL, steps=6))  # and goes on from there
     assert again[: len(lines)] == lines and steps_of(again[len(lines) :], "reward") == [6]
 

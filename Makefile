@@ -32,7 +32,7 @@ lint: .venv/ready
 	$(PY) -m ruff check .
 
 mutate: .venv/ready
-	$(PY) tests/mutate.py
+	$(PY) tests/mutate.py --table tests/MUTATIONS.md
 
 # Peers of the loss head come as an extra.
 .PHONY: bench gpu

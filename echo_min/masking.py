@@ -39,7 +39,7 @@ class Transcript:
     logprobs: list[float] = field(default_factory=list)
 
     def append(self, role: Role, ids: list[int], logprobs: list[float] | None = None) -> None:
-        if (role is Role.ACTION) != (logprobs is not None) or len(ids) != len(logprobs or ids):
+        if (len(ids) if role is Role.ACTION else -1) != (-1 if logprobs is None else len(logprobs)):
             raise ValueError("logprobs: exactly the ACTION tokens have one each")
         self.ids += ids
         self.roles += [int(role)] * len(ids)

@@ -42,7 +42,7 @@ def noticed_by(copy: Path, target: str) -> list[str]:
         with open(log, "w") as out:
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
-        os._exit(int(pytest.main(["-x", "-q", "-m", "", "-p", "no:cacheprovider", "--rootdir", ".", path])))
+        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--rootdir", ".", path])))
     started = time.monotonic()
     while not (done := os.waitpid(child, os.WNOHANG))[0]:
         time.sleep(0.05)
@@ -74,16 +74,15 @@ def work(todo, results) -> None:
             (copy / file).write_text(text)
 
 
-def run(mutations: list[tuple]) -> Counter:
+def run(mutations: list[tuple], workers: int) -> Counter:
     """-> (file, outcome) -> how many. Outcome: caught, SURVIVED or STALE."""
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": ""}
     sys.dont_write_bytecode = True
     fork = get_context("fork")
     todo, results = fork.SimpleQueue(), fork.SimpleQueue()
-    workers = [fork.Process(target=work, args=(todo, results)) for _ in range(os.cpu_count() or 1)]
-    for worker in workers:
-        worker.start()
-    for mutation in [*mutations, *[None] * len(workers)]:
+    for _ in range(workers):
+        fork.Process(target=work, args=(todo, results)).start()
+    for mutation in [*mutations, *[None] * workers]:
         todo.put(mutation)
     counts = Counter()
     for _ in mutations:
@@ -107,9 +106,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("regex", nargs="?", default="")
     parser.add_argument("--table", type=Path)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     every = [(file, *mutation) for file, of_file in MUTATIONS.items() for mutation in of_file]
-    counts = run([m for m in every if re.search(args.regex, f"{m[0]}: {m[1]}")])
+    counts = run([m for m in every if re.search(args.regex, f"{m[0]}: {m[1]}")], args.workers)
     print(f"\n{table(counts)}")
     if args.table:
         args.table.write_text(f"Each mutation breaks one line. `make mutate`\n\n{table(counts)}\n")

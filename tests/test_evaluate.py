@@ -25,7 +25,7 @@ def test_a_sampled_and_a_greedy_rollout_of_each_held_out_task(model, tokenizer, 
     def spied(*args):
         played.append((args, real(*args)))
         for i, e in enumerate(played[-1][1]):  # one that failed, one that passed
-            e.reward = [float("nan"), 1.0, 0.0, 0.0][i] if len(played) % 2 else float(i == 3)
+            e.reward = [float("nan"), 1.0, 0.5, 0.0][i] if len(played) % 2 else float(i == 3)
         return played[-1][1]
 
     monkeypatch.setattr(evaluate, "sample_episodes", spied)
@@ -39,6 +39,7 @@ def test_a_sampled_and_a_greedy_rollout_of_each_held_out_task(model, tokenizer, 
     likely = sample_episodes(model, tokenizer, WORLD.held_out[:4], 1, CONFIG, None)
     assert [e.transcript.ids for e in second] == [e.transcript.ids for e in likely]
     assert results["pass_rate"] == pytest.approx(1 / 3)  # what failed is in no rate
+    assert results["mean_reward"] == pytest.approx(0.5) and results["mean_reward_greedy"] == 0.25
     assert results["pass_rate_greedy"] == pytest.approx(1 / 4)
     expert = expert_transcripts(tokenizer, WORLD, CONFIG)
     assert results["expert_ce"] == pytest.approx(observation_ce(model, expert, CONFIG))

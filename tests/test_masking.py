@@ -1,10 +1,12 @@
 """Roles partition the tokens, survive hostile text, and every weight is read off them."""
 
+import copy
 import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from echo_min.batch import pad
 from echo_min.echo import observation_mask, observation_weights
@@ -74,8 +76,20 @@ def test_only_actions_have_logprobs():
     transcript = Transcript()
     with pytest.raises(ValueError, match="logprobs"):
         transcript.append(Role.OBSERVATION, [1, 2], [0.0, 0.0])
-    with pytest.raises(ValueError, match="logprobs"):
-        transcript.append(Role.ACTION, [1, 2])
+    for logprobs in (None, [], [0.0], [0.0] * 3):
+        with pytest.raises(ValueError, match="logprobs"):
+            transcript.append(Role.ACTION, [1, 2], logprobs)
+    assert not transcript.ids
+
+
+def test_no_segment_gets_tokens_that_nobody_wrote(tokenizer):
+    """Some tokenizers begin and end every text that they are given."""
+    eager = copy.deepcopy(tokenizer)
+    ends = TemplateProcessing("<|im_start|> $A <|im_end|>", None, [("<|im_start|>", 1), ("<|im_end|>", 2)])
+    eager.backend_tokenizer.post_processor = ends
+    assert len(eager("ok")["input_ids"]) == len(tokenizer("ok")["input_ids"]) + 2
+    for role in Role:
+        assert encode(eager, role, "ok acorn") == encode(tokenizer, role, "ok acorn")
 
 
 ROLES = torch.tensor(

@@ -108,6 +108,18 @@ def test_a_control_changes_the_batch_and_sees_what_it_may(model, tokenizer):
     assert context.telling == WORLD.telling
 
 
+def test_a_controls_targets_are_what_is_predicted_and_its_ce_has_another_name(model, tokenizer):
+    def control(batch, context):
+        context.metrics["moved"] = 1.0
+        return replace(batch, targets=(batch.targets + 1) % 300)
+
+    plain, metrics = one_step(model, tokenizer)[1], one_step(model, tokenizer, control=control)[1]
+    assert metrics["env_loss"] != plain["env_loss"] and metrics["moved"] == 1.0
+    assert metrics["control_ce"] > 0 and metrics["control_ce"] != plain["observation_ce"]
+    assert not {"observation_ce", "trivial_failures"} & set(metrics)
+    assert metrics["turns"] == plain["turns"]
+
+
 def test_a_control_sees_the_rows_of_the_batch(model, tokenizer, monkeypatch):
     """An episode that is not valid is neither in the batch nor in what the control sees."""
     real = train.sample_episodes
@@ -257,6 +269,13 @@ def arm(run, config=SMALL, interrupted=None, control=None):
     return report.read(run / "metrics.jsonl")
 
 
+def whole_run(config, run):
+    """train.main on a base that was made under these settings."""
+    config.save(run / "base" / "echo_min.json")
+    train.main(config, run)
+    return report.read(run / "metrics.jsonl")
+
+
 def steps_of(lines, key):
     return [line["step"] for line in lines if key in line]
 
@@ -269,7 +288,8 @@ def test_what_an_arm_logs_and_saves_and_when(run, saved):
     assert saved == [0, 3, 5] and checkpoint.latest(run / "echo")[0] == 5
     names = sorted(path.name for path in (run / "transcripts").iterdir())
     assert names == [f"echo-{step:06d}.txt" for step in (2, 4, 5)]
-    assert arm(run) == lines and saved == [0, 3, 5]  # it is done
+    train.train_arm("echo", SMALL, replace(WORLD, expert=None), run, threading.Event(), None)
+    assert report.read(run / "metrics.jsonl") == lines and saved == [0, 3, 5]  # it was done
     again = arm(run, replace(SMALL, steps=6))  # and goes on from there
     assert again[: len(lines)] == lines and steps_of(again[len(lines) :], "reward") == [6]
 
@@ -295,17 +315,16 @@ def test_ctrl_c_saves_and_ends_after_the_step_but_not_after_the_last(run, saved)
 
 def test_arms_start_from_one_base_and_meet_the_same_tasks(run):
     """With lambda 0 both arms are the same run."""
-    train.main(replace(SMALL, arms="grpo,echo", env_weight=0.0, steps=2), run)
+    config = replace(SMALL, arms="grpo,echo", env_weight=0.0, steps=2)
     lines = [{k: v for k, v in line.items() if not k.endswith("seconds")}
-             for line in report.read(run / "metrics.jsonl")]  # fmt: skip
+             for line in whole_run(config, run)]  # fmt: skip
     grpo, echo = ([line | {"arm": ""} for line in lines if line["arm"] == name] for name in ("grpo", "echo"))
     assert grpo == echo and len(grpo) == 4
     assert (run / "curves.png").stat().st_size > 1000
 
 
 def test_a_run_is_that_of_its_seed_and_settings(run):
-    train.main(replace(SMALL, arms="echo", steps=1), run)
-    lines = report.read(run / "metrics.jsonl")
+    lines = whole_run(replace(SMALL, arms="echo", steps=1), run)
     done, model, tokenizer, _ = checkpoint.restore(run, "other", SMALL)
     assert done is None  # of an arm that has not begun, the base
     world = load_world("tool", SMALL.seed)  # facts and tasks are drawn by the run's seed
@@ -351,6 +370,7 @@ def test_lines_after_the_checkpoint_are_dropped_of_this_arm_alone(run):
     path = run / "metrics.jsonl"
     before = path.read_text()
     extra = [{"arm": "echo", "step": 3, "reward": 1}, {"arm": "grpo", "step": 3, "reward": 1}]
+    assert steps_of(report.read(path), "arm") == [0, 1, 2, 2]
     path.write_text(before + "".join(json.dumps(line) + "\n" for line in extra))
     checkpoint.restore(run, "echo", SMALL)
     assert path.read_text() == before + json.dumps(extra[1]) + "\n"
@@ -365,6 +385,8 @@ def test_a_checkpoint_resumes_bit_for_bit_on_the_next_batch(run):
     train.update(model, optimizer, batch, "echo", 0, SMALL)
     tokenizer = checkpoint.restore(run, "echo", SMALL)[2]
     checkpoint.save(run / "echo", 1, model, tokenizer, optimizer, SMALL)
+    for step in (0, 1):
+        report.log(run / "metrics.jsonl", {"arm": "echo", "step": step})
     weights = copy.deepcopy(list(model.parameters()))
     train.update(model, optimizer, batch, "echo", 1, SMALL)
     done, again, _, optimizer = checkpoint.restore(run, "echo", SMALL)

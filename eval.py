@@ -114,7 +114,7 @@ def settings(args: Namespace) -> tuple[Config, Path | None]:
         published = PRESETS.get(args.preset, {}) | {"tasks": "world:"}  # trained on nothing that is here
         config = Config.load(saved) if saved.exists() else Config(**published)
         config = on_this_machine(replace(config, device="auto"))
-    args.tasks = args.tasks or config.tasks
+    args.tasks = args.tasks or PRESETS.get(args.preset, {}).get("tasks") or config.tasks
     given = {name: getattr(args, name) for name in ("terminals", "temperature", "max_turns", "seed")}
     if args.backend == "docker" and args.terminals is None:
         given["terminals"] = 4

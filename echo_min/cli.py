@@ -109,6 +109,6 @@ def eval_args(about: str, argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("-k and --limit must be at least 1")
     if (args.agent == "policy") != (args.checkpoint is not None):
         parser.error("name a checkpoint, or pass --agent oracle or noop, which take none")
-    if args.all and args.tasks.startswith("world:"):
+    if args.all and (args.tasks or "").startswith("world:"):
         parser.error("--all is for a folder of tasks; of a world only held-out ones are played")
     return args

@@ -119,8 +119,8 @@ class Sampler:
         return [replies[e] for e in episodes]
 
     def _arrange(self, episodes: list[int]) -> None:
-        """Let the cache's rows hold these episodes, in this order. A newcomer gets a copy of some row, of which
-        it sees nothing."""
+        """Let the cache's rows hold these episodes, in this order. A newcomer gets a copy of some row, of
+        which it sees nothing."""
         row = {e: b for b, e in enumerate(self.cached)}
         if episodes != list(self.cached):
             self.cache.arrange([row.get(e, 0) for e in episodes])
@@ -157,7 +157,7 @@ class Sampler:
         return self._logits(hidden)
 
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:
-        """ids[n, T] for the cache's first n rows at positions[n, T], which see `size` slots. -> hidden[n, T, d]"""
+        """ids[n, T] for the first n rows at positions[n, T], which see `size` slots. -> hidden[n, T, d]"""
         ids, positions = ids.to(self.model.device), positions.to(self.model.device)
         self.cache.positions, self.cache.size = positions, size
         slots = torch.arange(size, device=ids.device)  # [S]

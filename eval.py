@@ -97,7 +97,8 @@ def run(args: Namespace) -> None:
             rows = rows[len(part) :]
             bar.update(len(part))
     names = {tasks[i].name for i in chosen}  # --out may hold more
-    print(*summary([t for t in trials if t.task in names], args.k, len(names)), *shown, sep="\n")
+    print(*summary([t for t in trials if t.task in names], args.k, len(names)), sep="\n")
+    print(*[f"\n{report.LEGEND}"] * bool(shown), *shown, sep="\n")
 
 
 def settings(args: Namespace) -> tuple[Config, Path | None]:

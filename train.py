@@ -165,8 +165,9 @@ def main(config: Config, folder: Path, interrupted: threading.Event | None = Non
             make_base(config, world, folder / "base")
         for arm in config.arms.split(","):
             train_arm(arm, config, world, folder, interrupted or threading.Event(), control)
-        report.draw_curves(report.read(folder / "metrics.jsonl"), folder / "curves.png")
-    print(f"{folder}: index.html, curves.png, metrics.jsonl, transcripts/ and a checkpoint of each arm")
+        records = report.read(folder / "metrics.jsonl")
+        report.draw_curves(records, folder / "curves.png")
+    print(report.seen(records, folder))
 
 
 if __name__ == "__main__":

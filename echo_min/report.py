@@ -16,6 +16,7 @@ from echo_min.config import Config, RunEnded
 from echo_min.masking import Role, Transcript
 
 Token = tuple[str, Role, float]  # text, who wrote it, surprise in nats (0 outside observations)
+LEGEND = "blue: the policy; red: the terminal, brighter where it surprised the policy; yellow: a warning"
 COLOURS = {"grpo": "#777777", "echo": "#d1495b"}
 
 
@@ -117,6 +118,25 @@ def rate_interval(rates: list[float], draws: int) -> tuple[float, float, float]:
     return mean, max(low, 0.0), min(high, 1.0)
 
 
+def seen(records: list[dict], folder: Path) -> str:
+    """What a run showed, in three sentences, and how to go on."""
+    first, last = {}, {}
+    for r in records:
+        if "pass_rate" in r:
+            first.setdefault(r["arm"], r)
+            last[r["arm"]] = r
+    rates = " and ".join(f"{arm} passes {r['pass_rate']:.0%}" for arm, r in last.items())
+    ce = {arm: (first[arm]["expert_ce"], r["expert_ce"]) for arm, r in last.items()}
+    surprise = " and ".join(f"{old:.2f} to {new:.2f} under {arm}" for arm, (old, new) in ce.items())
+    steps, tasks = (next(iter(last.values()))[key] for key in ("step", "eval_tasks"))
+    return (
+        f"After {steps} steps {rates} of {tasks} held-out tasks.\n"
+        f"The surprise at what the terminal prints (cross-entropy, nats a token) went from {surprise}.\n"
+        f"Look at {folder}/index.html in a browser, then try other settings: source .venv/bin/activate, and"
+        " python train.py --help."
+    )
+
+
 def draw_curves(records: list[dict], path: Path) -> None:
     """Each arm's pass rates and observation CE at the evaluations."""
     from matplotlib.figure import Figure  # takes a second to load, and only the end of a run draws
@@ -170,13 +190,12 @@ def tokens_with_surprise(tokenizer, transcript: Transcript, logprobs: dict[int, 
 
 
 def ansi(tokens: list[Token]) -> str:
-    """A transcript for a terminal: actions bold, scaffold dim, observations on red, deeper for surprise."""
+    """A transcript for a terminal, in the colours of LEGEND."""
     out = []
     for text, role, nats in tokens:
-        style = {Role.ACTION: "1;36", Role.WARNING: "33", Role.SCAFFOLD: "2"}.get(role, "0")
+        style = {Role.ACTION: "1;34", Role.WARNING: "33", Role.SCAFFOLD: "2"}.get(role, "0")
         if role is Role.OBSERVATION:
-            r = min(1.0, nats / 5)
-            style = f"48;2;{90 + int(165 * r)};{int(90 * (1 - r))};{int(90 * (1 - r))};38;2;255;255;255"
+            style = f"48;2;{50 + int(205 * min(1.0, nats / 5))};0;0;38;2;255;255;255"
             text = text.replace("\n", "⏎\n")
         out.append(f"\x1b[{style}m{text}\x1b[0m")
     return "".join(out)

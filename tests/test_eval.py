@@ -201,7 +201,7 @@ def test_few_open_files_are_enough(policy):
         (["--bogus"], "unrecognized arguments: --bogus"),
         (["runs/x", "-k", "0"], "-k and --limit must be at least 1"),
         ([], "name a checkpoint"),
-        (["runs/x", "--all"], "--all is for a folder of tasks"),
+        (["runs/x", "--tasks", "world:hard", "--all"], "--all is for a folder of tasks"),
         (["runs/x", "--preset", "huge"], "invalid choice: 'huge'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

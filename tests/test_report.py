@@ -1,6 +1,7 @@
 """Numbers and text that a person will read."""
 
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,3 +97,14 @@ def test_terminal_output_cannot_act_on_the_screen(tokenizer, tmp_path):
     assert "".join(text for text, _, _ in shown) == "a·]0;x·\nb"
     report.write_transcripts(tmp_path / "t.txt", tokenizer, [Episode(Task("t", "", "", ""), 0, transcript)])
     assert "\x1b" not in (tmp_path / "t.txt").read_text()
+
+
+def test_a_run_ends_with_what_was_seen():
+    runs = ("grpo", 0, 0.01, 0.9), ("grpo", 100, 0.28, 2.084), ("echo", 0, 0.01, 0.9)
+    names = "arm", "step", "pass_rate", "expert_ce", "eval_tasks"
+    runs += (("echo", 100, 0.7, 0.28),)
+    lines = [dict(zip(names, (*run, 200), strict=True)) for run in runs] + [{"arm": "echo", "reward": 1.0}]
+    rates, surprise, further = report.seen(lines, Path("runs/x")).splitlines()
+    assert rates == "After 100 steps grpo passes 28% and echo passes 70% of 200 held-out tasks."
+    assert surprise.endswith("from 0.90 to 2.08 under grpo and 0.90 to 0.28 under echo.")
+    assert "runs/x/index.html" in further and "source .venv/bin/activate" in further

@@ -418,12 +418,41 @@ def test_a_thrown_away_box_leaves_no_file_open():
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+PIPE = """import fcntl, os
+fcntl.fcntl(1, fcntl.F_SETFL, os.O_NONBLOCK | os.O_APPEND)
+fcntl.flock(1, fcntl.LOCK_EX)
+for command in 10, 1031:  # F_SETSIG, F_SETPIPE_SZ
+    try:
+        fcntl.fcntl(1, command, 4096 * (command == 1031) + 12)
+    except OSError:
+        pass
+try:
+    os.fchmod(1, 0o640)
+    os.utime(1, (1, 1))
+except OSError:
+    pass
+"""
+LOOK = """ls -lnR --time-style=+ /work /tmp; stat -c %a /work /dev/pts
+stat -c %x,%y /work /dev/pts | sed 's/-[^,]*//g'
+ps -eo args=; umask; pwd; lsattr -d /work; cat /proc/net/{dev,snmp,tcp}
+python3 -c 'import ctypes, fcntl as f, os
+print(ctypes.CDLL(None).shmget(7, 9, 0), [f.fcntl(1, x) for x in (f.F_GETFL, f.F_GETOWN, 11, 1032)])
+print(oct(os.fstat(1).st_mode), os.fstat(1).st_mtime > 9)
+f.flock(os.open("/proc/self/fd/1", os.O_WRONLY), f.LOCK_EX | f.LOCK_NB)' | sed s/Permission.*//
+"""
 LEFT_BEHIND = {
     "files": ("echo secret | tee a .b /tmp/c; mkdir -p d/e/f; mkfifo g; ln -s / h", True),
     "many files": ("mkdir d && cd d && for ((i=0; i<3000; i++)); do echo > $i; done", True),
     "processes": ("setsid sleep 60 & (trap '' TERM; sleep 60) & disown", True),
     "a fork bomb": (FORK_BOMB, True),
-    "the folder's mode": ("chmod 777 /work", True),
+    "the folder's mode": ("chmod 7777 /work", True),
+    "the folder's times": ("touch -d 2040-01-01 /work", True),
+    "the folder's attributes": ("chattr +Ad /work", True),
+    "terminals": ("chmod 777 /dev/pts; touch -d 2001-01-01 /dev/pts", True),
+    "the pipe's state": (f'python3 -c "{PIPE}"', True),
+    "traffic": ("python3 -c \"import socket as s; a = s.create_server(('127.0.0.1', 9000));"
+                "b = s.create_connection(('127.0.0.1', 9000)); b.close()\"", False),
+    "a refused call": ("echo > /dev/tcp/127.0.0.1/80", False),
     "a locked folder": ("mkdir d; echo secret > d/e; chmod 0 d", False),
     "a locked work folder": ("echo secret > e; chmod 0 /work", None),
     "shared memory": ("python3 -c 'import ctypes; print(ctypes.CDLL(None).shmget(7, 9, 0o1777))'", True),
@@ -435,10 +464,8 @@ LEFT_BEHIND = {
 @pytest.mark.parametrize("name", LEFT_BEHIND)
 def test_nothing_passes_to_the_next_episode(name):
     command, kept = LEFT_BEHIND[name]
-    look = """ls -lnR --time-style=+ /work /tmp; stat -c %a /work; ps -eo args=; umask; pwd
-        python3 -c 'import ctypes; print(ctypes.CDLL(None).shmget(7, 9, 0))'"""
     with open_terminal(make_task(limits=Limits(processes=31))) as terminal:  # a kind of its own: a new box
-        seen = terminal.run(look).text
+        seen = terminal.run(LOOK).text
     task = make_task(files={"x": b"1"}, limits=Limits(processes=30, command_seconds=3))
     with open_terminal(task) as terminal:
         box = terminal._box
@@ -448,9 +475,21 @@ def test_nothing_passes_to_the_next_episode(name):
             assert name == "a request"
     with open_terminal(make_task(limits=task.limits)) as terminal:
         assert kept is None or (terminal._box is box) == kept
-        assert terminal.run(look).text == seen
+        assert terminal.run(LOOK).text == seen
         assert terminal.run("echo next").text == "next\n"
         assert terminal.verify() == 0.0
+
+
+def test_nothing_passes_to_the_next_verifier():
+    task = make_task("[[ ! -e ~/x ]]; code=$?; echo >~/x; exit $code", limits=Limits(processes=28))
+    for _ in range(2):
+        with open_terminal(task) as terminal:
+            assert terminal.verify() == 1.0
+
+
+def test_where_it_lies_on_the_host_is_out_of_sight(terminal):
+    text = terminal.run("cat /proc/self/{mountinfo,maps}").text
+    assert "/usr" in text and str(REPO) not in text and sys.prefix not in text
 
 
 CHILD = """

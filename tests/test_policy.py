@@ -65,6 +65,13 @@ def test_a_tokenizer_without_a_chat_template_will_do_if_it_has_the_markers(model
     assert loaded.chat_template is None and set(marker_ids(loaded).values()) >= {"<|im_end|>", "<|im_start|>"}
 
 
+def test_a_token_that_stands_for_every_unknown_word_is_no_marker(tokenizer):
+    bpe = Tokenizer(models.BPE({"<unk>": 0, "a": 1, "<|im_end|>": 2}, [], unk_token="<unk>"))
+    other = type(tokenizer)(tokenizer_object=bpe, unk_token="<unk>")
+    assert other.convert_tokens_to_ids("<|im_start|>") == 0
+    assert marker_ids(other) == {2: "<|im_end|>"}
+
+
 def test_other_families_are_refused_in_one_line(model, tokenizer, tmp_path):
     other = type(tokenizer)(tokenizer_object=Tokenizer(models.BPE({"a": 0, "[INST]": 1}, [])))
     with pytest.raises(ValueError, match=r"no .*<\|im_.*only ChatML models will do"):

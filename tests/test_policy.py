@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import train
-from echo_min import checkpoint
+from echo_min import checkpoint, policy
 from echo_min.batch import make_batch, pad
 from echo_min.checkpoint import load_policy
 from echo_min.config import Config, RunEnded
@@ -57,6 +57,20 @@ def test_masks_follow_the_ids_to_their_device(model, monkeypatch):
     monkeypatch.setattr(model.base_model, "forward", lambda **_: hidden)
     segment_logprobs(model, ids, ids, mask, mask)
     assert [m.device.type for m in seen] == ["meta", "meta"]
+
+
+def test_the_head_gets_the_room_that_the_settings_give(model, monkeypatch):
+    room, real = [], policy.dual_segment_logprobs
+
+    def spied(*args, logit_bytes):
+        room.append(logit_bytes)
+        return real(*args, logit_bytes=logit_bytes)
+
+    monkeypatch.setattr(policy, "dual_segment_logprobs", spied)
+    ids, mask = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.bool)
+    segment_logprobs(model, ids, ids, mask, mask, 7)
+    segment_logprobs(model, ids, ids, mask, mask)
+    assert room == [7 * 2**20, 3 * 2**30]
 
 
 def test_a_tokenizer_without_a_chat_template_will_do_if_it_has_the_markers(model, tokenizer, tmp_path):

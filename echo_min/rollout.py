@@ -80,8 +80,7 @@ class Seat:
         episode.transcript.append(Role.ACTION, ids, logprobs)
         episode.turns += 1
         ended_by = self.markers.get(ids[-1])
-        text = self.tokenizer.decode(ids[:-1] if ended_by else ids)
-        action = harness.parse(text, ended_by, self.config.harness)
+        action = harness.parse(self.tokenizer.decode(ids[:-1]), ended_by, self.config.harness)
         if action.done:
             episode.stop = StopReason.DONE
             return []

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import train
-from echo_min import checkpoint
+from echo_min import checkpoint, policy
 from echo_min.batch import make_batch, pad
 from echo_min.checkpoint import load_policy
 from echo_min.config import Config, RunEnded
@@ -59,10 +59,31 @@ def test_masks_follow_the_ids_to_their_device(model, monkeypatch):
     assert [m.device.type for m in seen] == ["meta", "meta"]
 
 
+def test_the_head_gets_the_room_that_the_settings_give(model, monkeypatch):
+    room, real = [], policy.dual_segment_logprobs
+
+    def spied(*args, logit_bytes):
+        room.append(logit_bytes)
+        return real(*args, logit_bytes=logit_bytes)
+
+    monkeypatch.setattr(policy, "dual_segment_logprobs", spied)
+    ids, mask = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.bool)
+    segment_logprobs(model, ids, ids, mask, mask, 7)
+    segment_logprobs(model, ids, ids, mask, mask)
+    assert room == [7 * 2**20, 3 * 2**30]
+
+
 def test_a_tokenizer_without_a_chat_template_will_do_if_it_has_the_markers(model, tokenizer, tmp_path):
     tokenizer = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)  # no template, no named tokens
     _, loaded = load_policy(saved(model, tokenizer, tmp_path))
     assert loaded.chat_template is None and set(marker_ids(loaded).values()) >= {"<|im_end|>", "<|im_start|>"}
+
+
+def test_a_token_that_stands_for_every_unknown_word_is_no_marker(tokenizer):
+    bpe = Tokenizer(models.BPE({"<unk>": 0, "a": 1, "<|im_end|>": 2}, [], unk_token="<unk>"))
+    other = type(tokenizer)(tokenizer_object=bpe, unk_token="<unk>")
+    assert other.convert_tokens_to_ids("<|im_start|>") == 0
+    assert marker_ids(other) == {2: "<|im_end|>"}
 
 
 def test_other_families_are_refused_in_one_line(model, tokenizer, tmp_path):

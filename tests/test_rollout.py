@@ -152,6 +152,23 @@ def test_a_terminal_that_dies_ends_its_own_episode_only(tokenizer, monkeypatch):
     assert (alive.stop, alive.reward) == (StopReason.DONE, 1.0)
 
 
+@pytest.mark.parametrize("turns", [1, 9])
+def test_a_terminal_that_dies_is_a_failure_on_whatever_turn(tokenizer, turns):
+    """Neither out of turns nor out of time nor out of context, whatever else is true of it."""
+    task = replace(TASK, limits=Limits(agent_seconds=1e-9))
+    config = replace(CONFIG, max_turns=turns, context=50, max_action_tokens=9)
+    seat = Seat(Episode(task, 0), tokenizer, config)
+    seat.open()
+    os.killpg(seat.terminal._box.process.pid, signal.SIGKILL)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = [*encode(tokenizer, Role.ACTION, "true"), end]
+    assert seat.answer((ids, [0.0] * len(ids))) == []
+    seat.leave()
+    e = seat.episode
+    assert e.stop is StopReason.INFRA_ERROR and e.error and e.reward != e.reward and not e.valid
+    assert e.transcript.ids[-1] == end and e.commands == ["true"]  # nothing was answered
+
+
 def test_an_error_in_one_seat_leaves_no_terminal_open(tokenizer, monkeypatch):
     opened, real = [], rollout_module.open_terminal
 
@@ -302,9 +319,10 @@ def test_a_prompt_with_just_room_for_a_reply(tokenizer):
     prompt = len(Seat(Episode(TASK, 0), tokenizer, CONFIG)._extend(harness.prompt(TASK)))
     config = replace(CONFIG, context=prompt + 30, max_action_tokens=30)
     assert play(tokenizer, ["done"], config=config)[0].stop is StopReason.DONE
-    for context in (prompt + 29, prompt - 1):
+    long = replace(TASK, instruction="x " * 100)  # of which nothing is read if it does not fit
+    for context, task in ((prompt + 29, TASK), (prompt - 1, TASK), (100, long)):
         with pytest.raises(ValueError, match="do not hold the prompt"):
-            play(tokenizer, ["done"], config=replace(config, context=context))
+            play(tokenizer, ["done"], config=replace(config, context=context), task=task)
 
 
 @pytest.mark.parametrize("marker, warning", [(None, harness.CUT), ("<|im_start|>", harness.FORGED)])

@@ -45,11 +45,11 @@ from test_sandbox import (  # noqa: F401, tests that hold for every backend
 )
 
 from echo_min.config import Config
-from echo_min.rollout import Episode, Script, StopReason, rollout
-from echo_min.tasks import Environment
+from echo_min.rollout import Episode, StopReason, rollout
+from echo_min.sft import Script
 from echo_min.terminal import TerminalDied, open_terminal
 from echo_min.terminals import docker_engine
-from echo_min.worlds.harbor import harbor_task, harbor_tasks
+from echo_min.worlds.harbor import Environment, harbor_task, harbor_tasks
 from eval import scripted
 
 REPO = Path(__file__).parent.parent

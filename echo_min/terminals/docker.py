@@ -4,9 +4,9 @@
          └─ exec, as the image's user ──> the verifier, when the agent has finished
 
 The container ends with the connection that it was started on, with the relay's own clock, or by `close`. A
-Harbor task's verifier shares the container with an agent that may be root there, as in Harbor: what lies
-in /tests and /logs/verifier is removed first, but an agent that replaces `python` has replaced it for both.
-A generated task's agent is a plain user without capabilities, its verifier root.
+Harbor task's agent may be root in the container that its verifier shares, as in Harbor: /tests and
+/logs/verifier are removed first, but a `python` it has replaced is the verifier's too. A generated task's
+agent is a plain user without capabilities, its verifier root.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from echo_min.worlds.harbor import Environment
 START_SECONDS = 60.0  # until it answers
 DISK_SECONDS = 2.0  # between looks at how much a command has written
 QUICK_SECONDS = 0.1  # a command that takes no longer is not looked at
+VARIABLES = {"HOME": "/work", "PATH": "/opt/tools:/usr/bin:/bin"}  # of a generated task
 CLEAR = """PATH=/usr/bin:/bin:/usr/sbin:/sbin
 rm -rf -- /tests /logs/verifier && mkdir -p /logs/verifier && chmod 777 /logs/verifier"""
 # The name of the verifier's file, then what is in it, if it is one.
@@ -36,7 +37,7 @@ cd /logs/verifier && for file in reward.json reward.txt; do
     [[ -e $file || -L $file ]] && echo $file && [[ -f $file && ! -L $file ]] && exec head -c 65536 $file
 done"""
 # Ahead of the relay. Its clock: a read from a pipe that nobody writes to, then a signal of its own. That ends
-# a `wait` but not a `read`: it gets an empty command. (A time limit on `read` makes bash mortal to TERM.)
+# a `wait` but not a `read`, which gets an empty command. (A time limit on it makes bash mortal to TERM.)
 PRELUDE = """exec 2>&1; export LC_ALL=C; trap exit RTMIN+9
 (($$ == 1)) || {{ echo "the image's ENTRYPOINT does not exec its command"; exit; }}
 exec {{never}}<> <(:)
@@ -56,37 +57,36 @@ class Container(Terminal):
         self._id = self._stream = None
         self._engine, self._mark, self._unread = docker_engine.connect(), secrets.token_hex(16), b""
         self._answer = re.compile(self._mark.encode() + rb"(ready|late|\d{1,3})\n")
+        settings = {"life": docker_engine.LIFE_SECONDS, "processes": task.limits.processes}
+        script = PRELUDE.format(mark=self._mark, **settings) + RELAY
         with self._guard("cannot start its container"):
             image = docker_engine.image_of(self._engine, task)
-        life, processes = docker_engine.LIFE_SECONDS, task.limits.processes
-        prelude = PRELUDE.format(life=life, mark=self._mark, processes=processes)
-        with _few_at_a_time, self._guard("cannot start its container"):
-            self._create(image)
-            attached = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
-            self._stream = Stream(self._engine.attach_socket(self._id, attached))
-            self._engine.start(self._id)
-            self._stream.send((prelude + RELAY).encode() + b"\0")
-            with contextlib.suppress(EOFError):
-                if self._reply(time.monotonic() + START_SECONDS) == "ready":
-                    return
+            with _few_at_a_time:
+                self._create(image)
+                attached = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
+                self._stream = Stream(self._engine.attach_socket(self._id, attached))
+                self._engine.start(self._id)
+                self._stream.send(script.encode() + b"\0")
+                with contextlib.suppress(EOFError):
+                    if self._reply(START_SECONDS) == "ready":
+                        return
             raise TimeoutError(f"no answer: {(self._text + self._unread)[:500].decode(errors='replace')}")
 
     def _create(self, image: str) -> None:
         """A container that is not started yet, with the task's files in it."""
         task, generated = self.task, not self.task.environment
-        variables = {"HOME": "/work", "PATH": "/opt/tools:/usr/bin:/bin"}
-        asked = task.environment or Environment(Path(), workdir="/work", env=variables)
-        limits = {
-            "mem_limit": task.limits.memory_mb * 2**20,
-            "memswap_limit": task.limits.memory_mb * 2**20,
-            "nano_cpus": int(1e9 * min(asked.cpus, docker_engine.cpus(self._engine))),
-            "pids_limit": task.limits.processes + 16,  # room for the verifier to start
-            "security_opt": ["no-new-privileges:true"],
-            "network_mode": docker_engine.network(self._engine) if asked.network else "none",
-            "cap_drop": ["ALL"] if generated else ["NET_RAW"],  # raw frames reach neighbours
-            "log_config": {"type": "none"},  # else what is printed fills the engine's disk
-            "auto_remove": True,
-        }
+        asked = task.environment or Environment(Path(), workdir="/work", env=VARIABLES)
+        limits = self._engine.create_host_config(
+            mem_limit=task.limits.memory_mb * 2**20,
+            memswap_limit=task.limits.memory_mb * 2**20,
+            nano_cpus=int(1e9 * min(asked.cpus, docker_engine.cpus(self._engine))),
+            pids_limit=task.limits.processes + 16,  # room for the verifier to start
+            security_opt=["no-new-privileges:true"],
+            network_mode=docker_engine.network(self._engine) if asked.network else "none",
+            cap_drop=["ALL"] if generated else ["NET_RAW"],  # raw frames reach neighbours
+            log_config={"type": "none"},  # else what is printed fills the engine's disk
+            auto_remove=True,
+        )
         self._id = self._engine.create_container(
             image,
             ["bash", "-c", 'read -r -d "" relay; eval "$relay"'],  # by stdin, so that `ps` stays short
@@ -96,7 +96,7 @@ class Container(Terminal):
             hostname="sandbox",
             stdin_open=True,  # and, not detached, closed when the host's connection is
             labels={docker_engine.LABEL: docker_engine.this_run()},
-            host_config=self._engine.create_host_config(**limits),
+            host_config=limits,
             use_config_proxy=False,
         )["Id"]
         if generated:
@@ -108,21 +108,20 @@ class Container(Terminal):
             self._engine.put_archive(self._id, "/", docker_engine.archive(files))
 
     def _command(self, data: bytes, seconds: float) -> str:
-        deadline = time.monotonic() + seconds
         if self._id is None:
             raise TerminalDied("the container is closed")
+        started = time.monotonic()
         with self._guard("its container failed"):
             self._stream.send(data)
-            started = time.monotonic()
-            while (reply := self._reply(min(deadline, time.monotonic() + DISK_SECONDS))) is None:
-                if time.monotonic() >= deadline:
+            while (left := started + seconds - time.monotonic()) > 0:
+                if (reply := self._reply(min(left, DISK_SECONDS))) is not None:
                     break
                 self._check_disk()
             grace = time.monotonic() + GRACE_SECONDS
             while reply is None and time.monotonic() < grace:
                 # Repeated: bash may have been just before `wait`. It returns when the signal is delivered.
                 self._engine.kill(self._id, "SIGURG")
-                reply = self._reply(time.monotonic() + 0.2)
+                reply = self._reply(0.2)
             if reply in (None, "ready"):  # an agent that is root can forge answers
                 raise TimeoutError("its relay does not answer")
             if time.monotonic() - started > QUICK_SECONDS:
@@ -130,44 +129,33 @@ class Container(Terminal):
         return reply
 
     def copy_in(self, folder: Path, target: str) -> None:
-        """Copy a folder's content into the container's folder `target`, an absolute path; root owns it.
-
-        Raises TerminalDied.
-        """
         with self._guard(f"cannot copy {folder} into its container"):
             self._engine.put_archive(self._id, "/", docker_engine.archive_of(folder, target))
 
     def verify(self) -> float:
-        """The reward, as the task's verifier says. Raises TerminalDied when it says none."""
         task, seconds = self.task, self.task.limits.verifier_seconds
-        verifier = f"the verifier of {task.name}"
-        with self._guard("its disk"):
+        with self._guard(f"the verifier of {task.name}"):
             self._check_disk()
-        if not task.environment:
-            # root without capabilities reads only what all may
-            self._exec("opening its files", "chmod -R a+rX /work", START_SECONDS)
-            code, said = self._exec(verifier, task.verify, seconds, user="root")
-            if code not in (0, 1):
-                self._die(f"{verifier} exited with {code}, not 0 or 1: {said}")
-            return 1.0 - code
-        code, said = self._exec("clearing the verifier's folders", CLEAR, START_SECONDS, user="root")
-        if code != 0:
-            self._die(f"cannot clear /tests and /logs/verifier for {verifier}: {said}")
-        self.copy_in(task.environment.folder / "tests", "/tests")
-        code, said = self._exec(verifier, task.verify, seconds, environment=task.environment.verifier_env)
-        _, left = self._exec("reading the reward", REWARD, START_SECONDS, keep=2 * PIPE_BYTES, user="root")
-        name, _, text = left.partition("\n")
-        try:
-            reward = _json_reward(text) if name == "reward.json" else float(text)
-        except (ValueError, OverflowError, RecursionError):
-            reward = math.nan
-        if not math.isfinite(reward):
-            found = f"a malformed {name}, {text!r:.80}" if name else "no reward in /logs/verifier"
-            self._die(f"{verifier} left {found}; it exited with {code}: {said}")
-        return reward
+            if not task.environment:
+                self._exec("chmod -R a+rX /work", START_SECONDS)  # root without capabilities reads no more
+                code, said = self._exec(task.verify, seconds, user="root")
+                if code not in (0, 1):
+                    raise OSError(f"exited with {code}, not 0 or 1: {said}")
+                return 1.0 - code
+            code, said = self._exec(CLEAR, START_SECONDS, user="root")
+            if code != 0:
+                raise OSError(f"cannot clear /tests and /logs/verifier: {said}")
+            self.copy_in(task.environment.folder / "tests", "/tests")
+            code, said = self._exec(task.verify, seconds, environment=task.environment.verifier_env)
+            _, left = self._exec(REWARD, START_SECONDS, keep=2 * PIPE_BYTES, user="root")
+            name, _, text = left.partition("\n")
+            try:
+                return _reward(name, text)
+            except (ValueError, OverflowError, RecursionError):
+                found = f"a malformed {name}, {text!r:.80}" if name else "no reward in /logs/verifier"
+                raise OSError(f"left {found}; it exited with {code}: {said}") from None
 
     def close(self) -> None:
-        """Remove the container and all that runs in it; may be called again."""
         (gone, self._id), (stream, self._stream) = (self._id, None), (self._stream, None)
         if stream:
             stream.close()
@@ -181,26 +169,22 @@ class Container(Terminal):
         try:
             yield
         except ERRORS as error:
-            self._die(f"task {self.task.name}: {what}: {error}")
+            self.close()
+            raise TerminalDied(f"task {self.task.name}: {what}: {error}") from error
         except BaseException:
             self.close()
             raise
 
-    def _die(self, reason: str):
-        self.close()
-        raise TerminalDied(reason)
-
-    def _reply(self, deadline: float) -> str | None:
+    def _reply(self, seconds: float) -> str | None:
         """What the relay says; None if it says nothing in time. What comes before that is the output."""
+        deadline = time.monotonic() + seconds
         while not (found := self._answer.search(self._unread)):
             rest = max(0, len(self._unread) - len(self._mark) - 8)  # an answer may have come in part
             self._keep(self._unread[:rest])
             self._unread = self._unread[rest:]
-            left = deadline - time.monotonic()
-            if left <= 0:
+            if (left := deadline - time.monotonic()) <= 0:
                 return None
-            with contextlib.suppress(TimeoutError):
-                self._unread += self._stream.receive(left)
+            self._unread += self._stream.receive(left)
         self._keep(self._unread[: found.start()])
         self._unread = self._unread[found.end() :]
         return found[1].decode()
@@ -211,35 +195,31 @@ class Container(Terminal):
         if size < 0 or size > self.task.limits.work_mb * 2**20:  # below 0: the engine could not count it
             raise OSError(f"it holds more than {self.task.limits.work_mb} MiB")
 
-    def _exec(self, what: str, script: str, seconds: float, keep: int = 500, **options) -> tuple[int, str]:
-        """Run a script of ours. -> exit code, the last bytes of its output. Raises TerminalDied when late."""
+    def _exec(self, script: str, seconds: float, keep: int = 500, **options) -> tuple[int, str]:
+        """Run a script of ours. -> exit code, the last bytes of its output. Raises one of ERRORS."""
         said, deadline = b"", time.monotonic() + seconds
         command = ["bash", "--norc", "--noprofile", "-c", BY_STDIN]
-        with self._guard(f"{what}, limited to {seconds:g} s, failed"):
-            made = self._engine.exec_create(self._id, command, stdin=True, **options)
-            stream = Stream(self._engine.exec_start(made, socket=True))
-            try:
-                stream.send(script.encode() + b"\0")
+        made = self._engine.exec_create(self._id, command, stdin=True, **options)
+        with contextlib.closing(Stream(self._engine.exec_start(made, socket=True))) as stream:
+            stream.send(script.encode() + b"\0")
+            with contextlib.suppress(EOFError):
                 while (left := deadline - time.monotonic()) > 0:
-                    try:
-                        said = (said + stream.receive(min(left, DISK_SECONDS)))[-keep:]
-                    except TimeoutError:
+                    if not (data := stream.receive(min(left, DISK_SECONDS))):
                         self._check_disk()
-            except EOFError:
-                pass
-            finally:
-                stream.close()
-            while (code := self._engine.exec_inspect(made)["ExitCode"]) is None:
-                if time.monotonic() > deadline:
-                    raise TimeoutError("it did not end in time")
-                time.sleep(0.01)
+                    said = (said + data)[-keep:]
+        while (code := self._engine.exec_inspect(made)["ExitCode"]) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"limited to {seconds:g} s, it did not end")
+            time.sleep(0.01)
         return code, said.decode(errors="replace").strip()
 
 
-def _json_reward(text: str) -> float:
-    values = json.loads(text)
-    if isinstance(values, dict) and len(values) > 1:
-        values = {"reward": values.get("reward")}
-    if not isinstance(values, dict) or [type(v) for v in values.values()] not in ([int], [float]):
-        raise ValueError("not an object of numbers with one called reward")
-    return float(*values.values())
+def _reward(name: str, text: str) -> float:
+    """What a reward file says. Raises ValueError, OverflowError or RecursionError if it is no number."""
+    value = json.loads(text) if name == "reward.json" else {"reward": float(text)}
+    if not isinstance(value, dict):
+        raise ValueError
+    value = value.get("reward") if len(value) != 1 else next(iter(value.values()))
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError
+    return float(value)

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import docker
-import requests
 import urllib3
 
 from echo_min.config import RunEnded
@@ -26,10 +25,7 @@ LABEL = "echo_min.run"
 LIFE_SECONDS = 12 * 3600  # of a container, at most
 PULL_SECONDS = 1800.0
 SEND_SECONDS = 60.0
-ERRORS = (
-    docker.errors.DockerException, requests.RequestException, urllib3.exceptions.HTTPError,
-    tarfile.TarError, OSError, EOFError,
-)  # fmt: skip
+ERRORS = docker.errors.DockerException, urllib3.exceptions.HTTPError, tarfile.TarError, OSError, EOFError
 _few_at_a_time = threading.BoundedSemaphore(4)  # images
 _locks: dict[str, threading.Lock] = {}
 _known: dict[str, str] = {}  # image -> why it cannot be made, or nothing
@@ -50,9 +46,8 @@ def connect() -> docker.APIClient:
         _sweep(client)
     except ERRORS as error:
         where = os.environ.get("DOCKER_HOST", "the local socket")
-        raise EngineUnavailable(
-            f"no Docker engine answers at {where}: {error}; start dockerd, or set DOCKER_HOST"
-        ) from error
+        lacks = f"no Docker engine answers at {where}: {error}"
+        raise EngineUnavailable(f"{lacks}; start dockerd, or set DOCKER_HOST") from error
     return client
 
 
@@ -95,10 +90,8 @@ def network(client: docker.APIClient) -> str:
 def image_of(client: docker.APIClient, task: Task) -> str:
     """The name of the task's image, which is then on the engine. Raises one of ERRORS that says why not."""
     environment = task.environment
-    if environment is None or environment.image:
-        name = environment.image if environment else BASE or DEFAULT
-    else:
-        name = f"echo_min:{_digest(environment.folder / 'environment')}"
+    name = environment.image if environment else BASE or DEFAULT
+    name = name or f"echo_min:{_digest(environment.folder / 'environment')}"
     with _locks.setdefault(name, threading.Lock()):
         if name not in _known:
             try:
@@ -113,39 +106,39 @@ def image_of(client: docker.APIClient, task: Task) -> str:
 
 
 def _make(client: docker.APIClient, task: Task, name: str) -> str:
-    """Build or pull an image. -> why it could not be made, or nothing."""
+    """Build or pull an image. -> why it could not be made, or nothing. OSError: the engine failed."""
     build = name.startswith("echo_min:")
     seconds = task.environment.build_seconds if build else PULL_SECONDS
     what, started = f"{task.name}: {'building' if build else 'pulling'} {name}", time.monotonic()
     print(f"{what} ...", file=sys.stderr, flush=True)
-    said, outcome = [], []
+    said, outcome = "", f"not done after {seconds:g} s"
 
     def work() -> None:
+        nonlocal said, outcome
         try:
             if build:
-                options = {"buildargs": {"BASE": BASE} if BASE else {}, "rm": True, "forcerm": True}
+                options = {"rm": True, "forcerm": True, "buildargs": {"BASE": BASE} if BASE else {}}
                 folder = str(task.environment.folder / "environment")
                 lines = client.build(folder, tag=name, decode=True, timeout=seconds, **options)
             else:
                 lines = client.pull(name, stream=True, decode=True)
             for line in lines:
-                said.append(line.get("stream", ""))
+                said += line.get("stream", "")
                 if "error" in line:
-                    return outcome.append(line["error"])
-                if time.monotonic() - started > seconds:
-                    return None  # leaving the loop ends the build
-            outcome.append("")
+                    outcome = line["error"]
+                if "error" in line or time.monotonic() - started > seconds:
+                    return  # leaving the loop ends the build
+            outcome = ""
         except ERRORS as error:
-            outcome.append(error)
+            outcome = error
 
     thread = threading.Thread(target=work, daemon=True)  # a pull that stalls has no time limit of its own
     thread.start()
     thread.join(seconds + 1)
-    failure = outcome[0] if outcome else f"not done after {seconds:g} s"
-    if isinstance(failure, Exception):  # not remembered: the engine may be back
-        raise OSError(f"no image {name}: {failure}") from failure
-    if failure:
-        return f"{failure}: {''.join(said)[-500:]}"
+    if isinstance(outcome, Exception):  # not remembered: the engine may be back
+        raise OSError(f"no image {name}: {outcome}") from outcome
+    if outcome:
+        return f"{outcome}: {said[-500:]}"
     print(f"{what}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     return ""
 
@@ -156,8 +149,8 @@ def _digest(folder: Path) -> str:
     for path in sorted(folder.rglob("*")):
         link, plain = path.is_symlink(), path.is_file()
         content = os.readlink(path).encode() if link else path.read_bytes() if plain else b""
-        key = f"{path.relative_to(folder)}\0{path.lstat().st_mode}\0{len(content)}\0"
-        digest.update(key.encode() + content)
+        digest.update(f"{path.relative_to(folder)}\0{path.lstat().st_mode}\0{len(content)}\0".encode())
+        digest.update(content)
     return digest.hexdigest()[:24]
 
 
@@ -166,25 +159,25 @@ class Stream:
     bytes, whose last four are the length, and the data."""
 
     def __init__(self, raw):
-        self._raw, self._socket = raw, getattr(raw, "_sock", raw)
-        self._header, self._left = b"", 0  # of the frame at hand
+        self._raw, self._socket, self._come = raw, getattr(raw, "_sock", raw), b""
 
     def send(self, data: bytes) -> None:
         self._socket.settimeout(SEND_SECONDS)
         self._socket.sendall(data)
 
     def receive(self, seconds: float) -> bytes:
-        """The next part of the output, perhaps empty. Raises TimeoutError, and EOFError at its end."""
+        """The frames that have come, perhaps none. Raises EOFError at the output's end."""
         self._socket.settimeout(seconds)
-        if not (data := self._socket.recv(self._left or 8 - len(self._header))):
+        try:
+            data = self._socket.recv(1 << 16)
+        except TimeoutError:
+            return b""
+        if not data:
             raise EOFError("the connection is closed")
-        if self._left:
-            self._left -= len(data)
-            return data
-        self._header += data
-        if len(self._header) == 8:
-            self._left, self._header = int.from_bytes(self._header[4:], "big"), b""
-        return b""
+        self._come, output = self._come + data, b""
+        while len(self._come) >= (end := 8 + int.from_bytes(self._come[4:8], "big")):
+            output, self._come = output + self._come[8:end], self._come[end:]
+        return output
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -198,8 +191,7 @@ def archive(entries: list[tuple[str, bytes | None, int, int]]) -> bytes:
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for path, content, owner, mode in entries:
             entry = tarfile.TarInfo(path)
-            entry.uid = entry.gid = owner
-            entry.mode, entry.size = mode, len(content or b"")
+            entry.uid, entry.gid, entry.mode, entry.size = owner, owner, mode, len(content or b"")
             entry.type = tarfile.DIRTYPE if content is None else tarfile.REGTYPE
             tar.addfile(entry, io.BytesIO(content or b""))
     return buffer.getvalue()
@@ -210,10 +202,8 @@ def archive_of(folder: Path, target: str) -> bytes:
     is a shell script)."""
 
     def owned_by_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-        entry.uid = entry.gid = 0
-        entry.uname = entry.gname = ""
-        entry.mode |= 0o555 if entry.isdir() or entry.name.endswith(".sh") else 0o444
-        return entry
+        open_to_all = 0o555 if entry.isdir() or entry.name.endswith(".sh") else 0o444
+        return entry.replace(uid=0, gid=0, uname="", gname="", mode=entry.mode | open_to_all)
 
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:

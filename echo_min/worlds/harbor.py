@@ -12,8 +12,8 @@ import random
 import re
 import shlex
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import starmap
 from pathlib import Path
 
 from echo_min.tasks import Limits, Task, World
@@ -37,6 +37,54 @@ class Environment:
     verifier_env: dict[str, str] = field(default_factory=dict)
 
 
+def _variable(name: str, text) -> bool:
+    return re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) and isinstance(text, str) and "\0" not in text
+
+
+def _mib(size) -> int:
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([KMGT])i?B?", str(size))
+    return math.ceil(float(match[1]) * 1024.0 ** ("KMGT".index(match[2]) - 1)) if match else 0
+
+
+NUMBER = "a number above 0", lambda v: type(v) in (int, float) and 1e-3 <= v <= 1e9
+LINE = "a line of text", lambda v: isinstance(v, str) and v.isprintable()
+FLAG = "true or false", lambda v: isinstance(v, bool)
+SIZE = 'a size like "2G"', lambda v: 0 < _mib(v) <= 1e9
+VARIABLES = "a table of names and texts", lambda v: isinstance(v, dict) and all(starmap(_variable, v.items()))
+VERSION = "1.0, 1.1 or 1.2", lambda v: v in ("1.0", "1.1", "1.2")
+MODE = '"public" or "no-network"', lambda v: v in ("public", "no-network")
+SHARED = '"shared", the only mode supported', lambda v: v == "shared"
+NOTHING = "nothing: it is not supported", lambda v: not v
+CHECKED = {  # what is read of a task.toml, and how it is checked; the rest is ignored
+    "": {"version": VERSION, "schema_version": VERSION, "steps": NOTHING},
+    "agent": {"timeout_sec": NUMBER},
+    "verifier": {"timeout_sec": NUMBER, "env": VARIABLES, "environment_mode": SHARED},
+    "environment": {
+        "build_timeout_sec": NUMBER, "docker_image": LINE, "workdir": LINE, "env": VARIABLES, "cpus": NUMBER,
+        "memory_mb": NUMBER, "memory": SIZE, "storage_mb": NUMBER, "storage": SIZE, "gpus": NOTHING,
+        "network_mode": MODE, "allow_internet": FLAG,
+    },
+    "solution": {"env": VARIABLES},
+}  # fmt: skip
+
+
+def _tables(path: Path) -> dict[str, dict]:
+    """A task.toml's tables of CHECKED. Raises ValueError that names the file and the key."""
+    try:
+        settings = tomllib.loads(path.read_bytes().decode())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    tables = {name: settings.get(name, {}) if name else settings for name in CHECKED}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ValueError(f"{path}: {name}: expected a table [{name}], got {table!r:.80}")
+        for key, (expected, holds) in CHECKED[name].items():
+            if key in table and not holds(table[key]):
+                place = f"[{name}] {key}" if name else key
+                raise ValueError(f"{path}: {place}: expected {expected}, got {table[key]!r:.80}")
+    return tables
+
+
 def harbor_tasks(folder: Path, allow_network: bool = False) -> list[Task]:
     """The tasks of a set, by name: in FOLDER/*/, FOLDER/tasks/*/ or FOLDER/*/*/; or FOLDER itself is one.
 
@@ -56,109 +104,45 @@ def harbor_tasks(folder: Path, allow_network: bool = False) -> list[Task]:
 
 def harbor_task(folder: Path, allow_network: bool = False) -> Task:
     """Raises ValueError that names the file and the key."""
-    path = folder / "task.toml"
+    tables, prompt = _tables(folder / "task.toml"), folder / "instruction.md"
+    agent, verifier, environment = tables["agent"], tables["verifier"], tables["environment"]
+    image = environment.get("docker_image", "")
+    for file in (prompt, folder / "tests/test.sh", *([] if image else [folder / "environment/Dockerfile"])):
+        if not file.is_file():
+            raise ValueError(f"{file}: missing, or not a file")
+    if found := next(folder.glob("environment/docker-compose.y*ml"), None):
+        raise ValueError(f"{found}: tasks of several containers are not supported")
     try:
-        settings = tomllib.loads(path.read_bytes().decode())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if "steps" in settings:
-        raise ValueError(f"{path}: [[steps]]: tasks of several steps are not supported")
-    for key in ("version", "schema_version"):
-        if (version := settings.get(key, "1.0")) not in ("1.0", "1.1", "1.2"):
-            raise ValueError(f"{path}: {key}: {version!r} is not 1.0, 1.1 or 1.2")
-    agent, verifier, env = (_Table(path, settings, key) for key in ("agent", "verifier", "environment"))
-    image = env.text("docker_image")
-    for name in ("instruction.md", "tests/test.sh", *([] if image else ["environment/Dockerfile"])):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: missing, or not a file")
-    try:
-        instruction = (folder / "instruction.md").read_bytes().decode()
+        instruction = prompt.read_bytes().decode()
     except ValueError as error:
-        raise ValueError(f"{folder / 'instruction.md'}: {error}") from None
-    for name in ("docker-compose.yaml", "docker-compose.yml"):
-        if (found := folder / "environment" / name).exists():
-            raise ValueError(f"{found}: tasks of several containers are not supported")
-    if env.values.get("gpus"):
-        raise ValueError(f"{path}: [environment] gpus: containers get no GPU here")
-    if verifier.values.get("environment_mode") == "separate":
-        raise ValueError(f"{path}: [verifier] environment_mode: only a verifier in the agent's own container")
-    agent_seconds = agent.number("timeout_sec", 1e9)
-    given = _Table(path, settings, "solution").texts("env")
-    solve = " ".join([*(f"{k}={shlex.quote(v)}" for k, v in given.items()), "/solution/solve.sh"])
+        raise ValueError(f"{prompt}: {error}") from None
+    agent_seconds = float(agent.get("timeout_sec", 1e9))
+    given = [f"{name}={shlex.quote(text)}" for name, text in tables["solution"].get("env", {}).items()]
+    mode = "public" if environment.get("allow_internet", True) else "no-network"
     return Task(
         name=folder.resolve().name,
         instruction=instruction,
         verify="/tests/test.sh",
-        solution=solve if (folder / "solution/solve.sh").is_file() else "",
+        solution=" ".join([*given, "/solution/solve.sh"]) if (folder / "solution/solve.sh").is_file() else "",
         limits=Limits(
             command_seconds=min(COMMAND_SECONDS, agent_seconds),
             agent_seconds=agent_seconds,
-            verifier_seconds=verifier.number("timeout_sec", 600.0),
-            memory_mb=env.size("memory", 2048),
-            work_mb=env.size("storage", 10240),
+            verifier_seconds=float(verifier.get("timeout_sec", 600.0)),
+            memory_mb=math.ceil(environment.get("memory_mb") or _mib(environment.get("memory", "2G"))),
+            work_mb=math.ceil(environment.get("storage_mb") or _mib(environment.get("storage", "10G"))),
             processes=PROCESSES,
         ),
         environment=Environment(
             folder=folder.resolve(),
             image=image,
-            build_seconds=env.number("build_timeout_sec", 600.0),
-            cpus=env.number("cpus", 1.0),
-            network=env.network() and allow_network,
-            workdir=env.text("workdir"),
-            env=env.texts("env"),
-            verifier_env=verifier.texts("env"),
+            build_seconds=float(environment.get("build_timeout_sec", 600.0)),
+            cpus=float(environment.get("cpus", 1.0)),
+            network=allow_network and environment.get("network_mode", mode) == "public",
+            workdir=environment.get("workdir", ""),
+            env=environment.get("env", {}),
+            verifier_env=verifier.get("env", {}),
         ),
     )
-
-
-class _Table:
-    """One table of a task.toml; whatever is read from it is checked."""
-
-    def __init__(self, path: Path, settings: dict, name: str):
-        self.path, self.name, self.values = path, name, settings.get(name, {})
-        if not isinstance(self.values, dict):
-            raise ValueError(f"{path}: {name}: expected a table [{name}], got {self.values!r:.80}")
-
-    def get(self, key: str, default, expected: str, valid: Callable):
-        value = self.values.get(key, default)
-        if not valid(value):
-            raise ValueError(f"{self.path}: [{self.name}] {key}: expected {expected}, got {value!r:.80}")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        def valid(value) -> bool:
-            return type(value) in (int, float) and (1e-3 <= value <= 1e9 or value == default)
-
-        return float(self.get(key, default, "a number above 0", valid))
-
-    def text(self, key: str) -> str:
-        return self.get(key, "", "a line of text", lambda v: isinstance(v, str) and v.isprintable())
-
-    def texts(self, key: str) -> dict[str, str]:
-        def valid(value) -> bool:
-            return isinstance(value, dict) and all(
-                re.fullmatch(r"[A-Za-z_]\w*", k, re.ASCII) and isinstance(v, str) and "\0" not in v
-                for k, v in value.items()
-            )
-
-        return self.get(key, {}, "a table of names and texts", valid)
-
-    def size(self, key: str, default: int) -> int:
-        """MiB, from KEY_mb (a number) or the older KEY ("2G")."""
-        if f"{key}_mb" in self.values:
-            return math.ceil(self.number(f"{key}_mb", default))
-
-        def mib(value) -> int:
-            match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([KMGT])i?B?", str(value))
-            return math.ceil(float(match[1]) * 1024.0 ** ("KMGT".index(match[2]) - 1)) if match else 0
-
-        return mib(self.get(key, f"{default}M", 'a size like "2G"', lambda v: 0 < mib(v) <= 1e9))
-
-    def network(self) -> bool:
-        modes = None, "public", "no-network"
-        mode = self.get("network_mode", None, '"public" or "no-network"', lambda v: v in modes)
-        asked = self.get("allow_internet", True, "true or false", lambda v: isinstance(v, bool))
-        return asked if mode is None else mode == "public"
 
 
 def harbor_world(folder: Path, allow_network: bool = False) -> World:
@@ -170,13 +154,8 @@ def harbor_world(folder: Path, allow_network: bool = False) -> World:
     if len(tasks) < 2:
         raise ValueError(f"{folder}: one task cannot be both trained on and held out")
 
-    def look(task: Task, rng: random.Random) -> list[str]:
+    def look(_, rng: random.Random) -> list[str]:
         return [*rng.sample(LOOK_AROUND, 2), "done"]
 
-    def weak(rng: random.Random) -> tuple[Task, list[str]]:
-        task = rng.choice(train)
-        return task, look(task, rng)
-
-    held_out = tasks[::5]
     train = [task for i, task in enumerate(tasks) if i % 5]
-    return World(train=train, held_out=held_out, weak=weak, expert=look)
+    return World(train, tasks[::5], weak=lambda rng: (rng.choice(train), look(None, rng)), expert=look)

@@ -215,6 +215,47 @@ def test_ended_from_outside_is_an_error_of_the_infrastructure(tokenizer, open_he
     assert episode.reward != episode.reward
 
 
+LEFT = "echo 1 > /logs/verifier/reward.txt"
+BROKEN = {  # what the agent does, the verifier
+    "storage": ("head -c 100M /dev/zero > big; sleep 0.2", LEFT),
+    "shell": ("rm /bin/bash", LEFT),
+    "folder": ("rm -rf /logs; echo x > /logs; mkdir /tests; mount --bind / /tests", "[[ -e /x ]]"),
+    "relay robbed": ("cat /proc/1/fd/0 >/dev/null & sleep 0.2", LEFT),
+    "relay ended": ("kill -RTMIN+9 1; sleep 9", LEFT),
+    "verifier hangs": ("touch /hang", f"[[ -e /hang ]] && sleep 60; {LEFT}"),
+    "no reward": ("touch /no", f"[[ -e /no ]] || {LEFT}"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_the_agent_broke_is_graded_0_and_trained(tokenizer, tmp_path, name):
+    command, verifier = BROKEN[name]
+    task = harbor(tmp_path, verifier, work_mb=64, verifier_seconds=3.0, command_seconds=3.0)
+    (episode,) = rollout(Script(tokenizer, [[command, "true"]]), tokenizer, [Episode(task, 0)], CONFIG)
+    assert (episode.stop, episode.reward, episode.valid) == (StopReason.BROKE_TERMINAL, 0.0, True), episode
+    assert task.name in episode.error
+
+
+@pytest.mark.parametrize("verifier", ["sleep 60", "exit"])
+def test_before_a_command_nothing_is_the_agents_fault(tokenizer, tmp_path, verifier):
+    task = harbor(tmp_path, verifier, verifier_seconds=1.0)
+    (episode,) = rollout(Script(tokenizer, [[]]), tokenizer, [Episode(task, 0)], CONFIG)
+    assert (episode.stop, episode.valid) == (StopReason.INFRA_ERROR, False)
+
+
+@pytest.mark.parametrize("how", ["kill", "disconnect"])
+def test_what_the_host_broke_is_not_the_agents_fault(open_here, tmp_path, how):
+    terminal = open_here(harbor(tmp_path))  # noqa: F811
+    terminal.run("true")
+    if how == "disconnect":
+        terminal._stream._socket.shutdown(socket.SHUT_RDWR)
+    else:
+        getattr(docker.from_env().api, how)(terminal._id)
+    with pytest.raises(TerminalDied) as died:
+        terminal.run("sleep 1", timeout=3)
+    assert type(died.value) is TerminalDied
+
+
 REWARDS = {
     "a number": ("echo 0.5 > $F.txt", 0.5),
     "one": ("printf 1 > $F.txt; exit 1", 1.0),  # the file counts, not the exit code

@@ -261,18 +261,24 @@ REWARDS = {
     "one": ("printf 1 > $F.txt; exit 1", 1.0),  # the file counts, not the exit code
     "json": ("""echo '{"reward": 1, "style": 0}' > $F.json; echo 0 > $F.txt""", 1.0),
     "json with another name": ("""echo '{"score": 0.25}' > $F.json""", 0.25),
+    "json of a number alone": ("echo 0.75 > $F.json", 0.75),
     "none": (":", "left no reward"),
-    "empty": (": > $F.txt", "malformed reward.txt, ''"),
-    "words": ("echo passed > $F.txt", "malformed reward.txt"),
-    "nan": ("echo nan > $F.txt", "malformed"),
-    "malformed json beside a number": ("echo '{' > $F.json; echo 1 > $F.txt", "malformed reward.json"),
-    "json without a reward": ("""echo '{"a": 1, "b": 1}' > $F.json""", "malformed"),
-    "json of a huge number": ("""echo '{"reward": 1'$(printf %0400d)'}' > $F.json""", "malformed"),
-    "json of a text": ("""echo '{"reward": "1"}' > $F.json""", "malformed"),
-    "a folder": ("mkdir $F.txt", "malformed"),
-    "a folder of a large file": ("mkdir $F.json; truncate -s 1G $F.json/x", "malformed"),
-    "a link": ("echo 1 > /tmp/x; ln -s /tmp/x $F.txt", "malformed"),
-    "large": ("head -c 100000 /dev/zero | tr '\\0' 1 > $F.txt", "malformed"),
+    "empty": (": > $F.txt", "an empty or unreadable reward.txt"),
+    "words": ("echo passed > $F.txt", "left 'passed' in reward.txt"),
+    "nan": ("echo nan > $F.txt", "left 'nan'"),
+    "json of nan": ("echo NaN > $F.json", "left 'NaN'"),
+    "above": ("echo 1.5 > $F.txt", r"left '1.5' in reward.txt, not one number in \[0, 1\]"),
+    "below": ("""echo '{"reward": -1}' > $F.json""", "not one number"),
+    "json of true": ("echo true > $F.json", "not one number"),
+    "malformed json beside a number": ("echo '{' > $F.json; echo 1 > $F.txt", "not one number"),
+    "json without a reward": ("""echo '{"a": 1, "b": 1}' > $F.json""", "not one number"),
+    "json of nothing": ("echo '{}' > $F.json", "not one number"),
+    "json of a huge number": ("""echo '{"reward": 1'$(printf %0400d)'}' > $F.json""", "not one number"),
+    "json of a text": ("""echo '{"reward": "1"}' > $F.json""", "not one number"),
+    "a folder": ("mkdir $F.txt", "an empty or unreadable"),
+    "a folder of a large file": ("mkdir $F.json; truncate -s 1G $F.json/x", "an empty or unreadable"),
+    "a link": ("echo 1 > /tmp/x; ln -s /tmp/x $F.txt", "an empty or unreadable"),
+    "large": ("head -c 100000 /dev/zero | tr '\\0' 1 > $F.txt", "not one number"),
     "late": ("sleep 60", "limited to 2 s"),
     "dies": ("kill -9 $$", "left no reward"),
 }
@@ -288,8 +294,11 @@ def test_reward_file(open_here, tmp_path, name):
         if isinstance(expected, float):
             assert terminal.verify() == expected
         else:
-            with pytest.raises(TerminalDied, match=expected):
+            with pytest.raises(TerminalDied, match=expected) as died:
                 terminal.verify()
+            assert task.name in str(died.value)
+            grades_nobody = isinstance(expected, str) and "left '" in str(died.value)
+            assert (type(died.value) is TerminalDied) == grades_nobody
 
 
 def test_the_verifiers_first_line_counts(open_here, tmp_path):

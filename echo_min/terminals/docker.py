@@ -11,7 +11,6 @@ agent is a plain user without capabilities, its verifier root.
 
 import contextlib
 import json
-import math
 import re
 import secrets
 import threading
@@ -154,11 +153,15 @@ class Container(Terminal):
             code, said = self._exec(task.verify, seconds, environment=task.environment.verifier_env)
             _, left = self._exec(REWARD, START_SECONDS, keep=2 * PIPE_BYTES, user="root")
             name, _, text = left.partition("\n")
-            try:
-                return _reward(name, text)
-            except (ValueError, OverflowError, RecursionError):
-                found = f"a malformed {name}, {text!r:.80}" if name else "no reward in /logs/verifier"
-                raise OSError(f"left {found}; it exited with {code}: {said}") from None
+            if not text:
+                found = f"an empty or unreadable {name}" if name else "no reward in /logs/verifier"
+                raise OSError(f"left {found}; it exited with {code}: {said}")
+        try:
+            return _reward(name, text)
+        except (ValueError, OverflowError, RecursionError):  # nothing broke: the task grades nobody
+            self.close()
+            left = f"{text!r:.80} in {name}, not one number in [0, 1]; it exited with {code}: {said}"
+            raise TerminalDied(f"the verifier of {task.name} left {left}") from None
 
     def close(self) -> None:
         (gone, self._id), (stream, self._stream) = (self._id, None), (self._stream, None)
@@ -242,11 +245,10 @@ class Container(Terminal):
 
 
 def _reward(name: str, text: str) -> float:
-    """What a reward file says. Raises ValueError, OverflowError or RecursionError if it is no number."""
-    value = json.loads(text) if name == "reward.json" else {"reward": float(text)}
-    if not isinstance(value, dict):
-        raise ValueError
-    value = value.get("reward") if len(value) != 1 else next(iter(value.values()))
-    if type(value) not in (int, float) or not math.isfinite(value):
+    """What a reward file says. Raises ValueError, OverflowError or RecursionError if not one in [0, 1]."""
+    value = json.loads(text) if name == "reward.json" else float(text)
+    if isinstance(value, dict):
+        value = next(iter(value.values())) if len(value) == 1 else value.get("reward")
+    if type(value) not in (int, float) or not 0 <= value <= 1:
         raise ValueError
     return float(value)

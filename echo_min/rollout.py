@@ -14,7 +14,7 @@ from echo_min.masking import Role, Segment, Transcript, encode
 from echo_min.policy import marker_ids
 from echo_min.sampler import Reply, Sampler
 from echo_min.tasks import Task
-from echo_min.terminal import TerminalDied, open_terminal
+from echo_min.terminal import BrokenByAgent, TerminalDied, open_terminal
 
 
 class Noise(IntEnum):
@@ -31,6 +31,7 @@ class StopReason(StrEnum):
     DONE = "done"  # the policy said so
     MAX_TURNS = "max_turns"  # graded and trained
     CONTEXT_FULL = "context_full"  # the next message or reply would not fit; graded and trained
+    BROKE_TERMINAL = "broke_terminal"  # the policy did; graded 0 and trained
     AGENT_TIMEOUT = "agent_timeout"  # graded, in no loss
     INFRA_ERROR = "infra_error"  # the environment failed, not the policy: no reward, in no loss
 
@@ -45,18 +46,19 @@ class Episode:
     commands: list[str] = field(default_factory=list)
     reward: float = float("nan")  # nan until graded
     stop: StopReason | None = None
-    error: str = ""  # what failed, when stop is infra_error
+    error: str = ""  # what failed, when stop is infra_error or broke_terminal
     turns: int = 0
     seconds: float = 0.0  # at work in the terminal
 
     @property
     def valid(self) -> bool:
         """Whether the episode enters the losses and its group's statistics."""
-        return self.stop in (StopReason.DONE, StopReason.MAX_TURNS, StopReason.CONTEXT_FULL)
+        return self.stop not in (None, StopReason.AGENT_TIMEOUT, StopReason.INFRA_ERROR)
 
 
 class Seat:
-    """One episode at its terminal. When the terminal fails, this episode ends as infra_error, no other."""
+    """One episode at its terminal. When the terminal fails, this episode ends, no other: as broke_terminal if
+    its commands broke what is inside, else (engine, host, or no command was run) as infra_error."""
 
     def __init__(self, episode: Episode, tokenizer, config: Config):
         self.episode, self.tokenizer, self.config = episode, tokenizer, config
@@ -105,7 +107,7 @@ class Seat:
 
     def leave(self) -> None:
         """Grade the episode, then close its terminal."""
-        if self.episode.stop is not StopReason.INFRA_ERROR:
+        if not self.episode.error:
             with self._guard():
                 self.episode.reward = self.terminal.verify()
         self.close()
@@ -133,6 +135,8 @@ class Seat:
             yield
         except (TerminalDied, RunEnded) as error:  # it failed, or could not be had
             self.episode.stop, self.episode.error = StopReason.INFRA_ERROR, str(error)
+            if isinstance(error, BrokenByAgent) and self.episode.commands:
+                self.episode.stop, self.episode.reward = StopReason.BROKE_TERMINAL, 0.0
 
 
 def rollout(agent, tokenizer, episodes: list[Episode], config: Config) -> list[Episode]:
@@ -185,7 +189,7 @@ def sample_episodes(
 def batch_metrics(episodes: list[Episode]) -> dict:
     """Means over a batch's valid episodes. Raises RunEnded if the environment failed for most of them."""
     failed = [e for e in episodes if e.stop is StopReason.INFRA_ERROR]
-    why = failed[0].error if failed else ""
+    why = next((e.error for e in [*failed, *episodes] if e.error), "")
     if 2 * len(failed) > len(episodes):
         raise RunEnded(f"{len(failed)} of {len(episodes)} episodes failed: {why}")
     valid = [e for e in episodes if e.valid]

@@ -27,6 +27,11 @@ class TerminalDied(RuntimeError):
     """The environment itself is gone, or the verifier gave no verdict. Says nothing about the agent."""
 
 
+class BrokenByAgent(TerminalDied):
+    """The same, while engine and host are seen to be well. If an agent ran a command, it is what broke: a
+    reward of 0, as to excuse it would raise every pass rate and teach nobody not to."""
+
+
 class Terminal:
     """One episode's terminal, for a `with` block, in a fresh copy of the task's work folder. Many may run at
     once in many threads; each serves one thread at a time. A backend adds these, and `run` is common:

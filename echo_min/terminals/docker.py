@@ -11,15 +11,17 @@ agent is a plain user without capabilities, its verifier root.
 
 import contextlib
 import json
-import math
 import re
 import secrets
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
+import docker
+
 from echo_min.tasks import Task
-from echo_min.terminal import GRACE_SECONDS, Terminal, TerminalDied
+from echo_min.terminal import GRACE_SECONDS, BrokenByAgent, Terminal, TerminalDied
 from echo_min.terminals import docker_engine
 from echo_min.terminals.bubblewrap import PIPE_BYTES, RELAY, USERS
 from echo_min.terminals.docker_engine import ERRORS, Stream
@@ -48,6 +50,8 @@ mark={mark} processes={processes} limits='-c 0'
 # Where the agent can't read it, as it could a process's arguments. Nor does anything come before it is sent:
 # what an engine says together with its headers is lost in the client's buffer.
 BY_STDIN = 'IFS= read -r -d "" script; exec </dev/null; eval "$script"'
+LEFT_ALONE = 77  # exit code of a relay whose connection ended
+START = f'read -r -d "" relay; eval "$relay"; exit {LEFT_ALONE}'  # by stdin, so that `ps` stays short
 _few_at_a_time = threading.BoundedSemaphore(8)  # to start; as many may run as there are threads
 
 
@@ -89,7 +93,7 @@ class Container(Terminal):
         )
         self._id = self._engine.create_container(
             image,
-            ["bash", "-c", 'read -r -d "" relay; eval "$relay"'],  # by stdin, so that `ps` stays short
+            ["bash", "-c", START],
             user="1000:1000" if generated else None,
             environment=asked.env,
             working_dir=asked.workdir or None,
@@ -149,11 +153,15 @@ class Container(Terminal):
             code, said = self._exec(task.verify, seconds, environment=task.environment.verifier_env)
             _, left = self._exec(REWARD, START_SECONDS, keep=2 * PIPE_BYTES, user="root")
             name, _, text = left.partition("\n")
-            try:
-                return _reward(name, text)
-            except (ValueError, OverflowError, RecursionError):
-                found = f"a malformed {name}, {text!r:.80}" if name else "no reward in /logs/verifier"
-                raise OSError(f"left {found}; it exited with {code}: {said}") from None
+            if not text:
+                found = f"an empty or unreadable {name}" if name else "no reward in /logs/verifier"
+                raise OSError(f"left {found}; it exited with {code}: {said}")
+        try:
+            return _reward(name, text)
+        except (ValueError, OverflowError, RecursionError):  # nothing broke: the task grades nobody
+            self.close()
+            left = f"{text!r:.80} in {name}, not one number in [0, 1]; it exited with {code}: {said}"
+            raise TerminalDied(f"the verifier of {task.name} left {left}") from None
 
     def close(self) -> None:
         (gone, self._id), (stream, self._stream) = (self._id, None), (self._stream, None)
@@ -169,11 +177,33 @@ class Container(Terminal):
         try:
             yield
         except ERRORS as error:
+            died = BrokenByAgent if self._is_engine_well(error) else TerminalDied
             self.close()
-            raise TerminalDied(f"task {self.task.name}: {what}: {error}") from error
+            raise died(f"task {self.task.name}: {what}: {error}") from error
         except BaseException:
             self.close()
             raise
+
+    def _is_engine_well(self, error: Exception) -> bool:
+        """Whether what failed is inside the container: it runs, and no connection failed; or it ended, by the
+        engine's events neither by a command to the engine, nor with the connection, nor by the host."""
+        refused = isinstance(error, docker.errors.APIError) and error.is_client_error()
+        try:
+            for _ in range(20):
+                if not self._engine.containers(filters={"id": self._id, "status": "running"}):
+                    break
+                if refused or type(error) in (OSError, TimeoutError):
+                    return self._stream is not None
+                time.sleep(0.1)  # it may be ending
+            until = 1 + int(datetime.fromisoformat(self._engine.info()["SystemTime"]).timestamp())
+            found = self._engine.events(since=0, until=until, filters={"container": self._id}, decode=True)
+            events = [(event["Action"], event["Actor"]["Attributes"]) for event in found]
+        except ERRORS:
+            return False
+        told = any(action == "kill" and said["signal"] != "23" for action, said in events)  # 23: our SIGURG
+        codes = [int(said["exitCode"]) for action, said in events if action == "die"]
+        host = 137 in codes and "oom" not in dict(events)  # SIGKILL reaches it from outside only
+        return bool(codes) and not (told or host or LEFT_ALONE in codes)
 
     def _reply(self, seconds: float) -> str | None:
         """What the relay says; None if it says nothing in time. What comes before that is the output."""
@@ -215,11 +245,10 @@ class Container(Terminal):
 
 
 def _reward(name: str, text: str) -> float:
-    """What a reward file says. Raises ValueError, OverflowError or RecursionError if it is no number."""
-    value = json.loads(text) if name == "reward.json" else {"reward": float(text)}
-    if not isinstance(value, dict):
-        raise ValueError
-    value = value.get("reward") if len(value) != 1 else next(iter(value.values()))
-    if type(value) not in (int, float) or not math.isfinite(value):
+    """What a reward file says. Raises ValueError, OverflowError or RecursionError if not one in [0, 1]."""
+    value = json.loads(text) if name == "reward.json" else float(text)
+    if isinstance(value, dict):
+        value = next(iter(value.values())) if len(value) == 1 else value.get("reward")
+    if type(value) not in (int, float) or not 0 <= value <= 1:
         raise ValueError
     return float(value)

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from echo_min.tasks import Task
-from echo_min.terminal import GRACE_SECONDS, Terminal, TerminalDied
+from echo_min.terminal import GRACE_SECONDS, BrokenByAgent, Terminal, TerminalDied
 from echo_min.terminals.bubblewrap import HELP, PIPE_BYTES, START_SECONDS, Box, SandboxUnavailable, kept_box
 
 INLINE_BYTES = 2048  # bash reads its orders byte by byte
@@ -73,7 +73,9 @@ class Sandbox(Terminal):
         answer = box.answer(box.verdicts, seconds, self._collect)
         if answer not in (b"0", b"1"):
             said = f"exited with {answer.decode()}" if answer else "did not answer"
-            self._die(f"the verifier of {self.task.name} {said}; it must exit with 0 or 1 within {seconds} s")
+            late = answer is None and box.process.poll() is None
+            reason = f"the verifier of {self.task.name} {said}; it must exit with 0 or 1 within {seconds} s"
+            self._die(reason, well=late)
         return 1.0 if answer == b"0" else 0.0
 
     def copy_in(self, folder: Path, target: str) -> None:
@@ -97,10 +99,12 @@ class Sandbox(Terminal):
             raise TerminalDied("the sandbox is closed")
         return self._box
 
-    def _die(self, reason: str):
+    def _die(self, reason: str, well: bool = False):
+        """well: the supervisor is at work. Out of the agent's reach, it also shows that by its answer."""
         box, self._box = self._box, None
+        well = well or (box.send(box.orders, b"files 0\0") and box.answer(box.verdicts, 1.0) == b"0")
         box.close()
-        raise TerminalDied(reason)
+        raise (BrokenByAgent if well else TerminalDied)(reason)
 
     def _send(self, end: int, data: bytes) -> None:
         if not self._box.send(end, data):

@@ -185,8 +185,8 @@ def test_a_checkpoint_is_measured_and_shown(policy, capsys):
 
 
 def test_few_open_files_are_enough(policy):
-    """Many tasks are rolled out in parts: 64 terminals at a time, five files each."""
-    command = f"ulimit -n 512; exec {sys.executable} eval.py {policy} --limit 150"
+    """Many tasks are rolled out in parts: 64 terminals at a time, seven files each."""
+    command = f"ulimit -n 768; exec {sys.executable} eval.py {policy} --limit 150"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "over 150 of 150 tasks, 150 trials" in done.stdout, done.stderr
 

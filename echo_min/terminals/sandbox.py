@@ -22,7 +22,7 @@ from echo_min.terminal import GRACE_SECONDS, BrokenByAgent, Terminal, TerminalDi
 from echo_min.terminals.bubblewrap import HELP, PIPE_BYTES, START_SECONDS, Box, SandboxUnavailable, kept_box
 
 INLINE_BYTES = 2048  # bash reads its orders byte by byte
-_few_at_a_time = threading.BoundedSemaphore(8)  # to start takes some twenty open files, to run six
+_few_at_a_time = threading.BoundedSemaphore(8)  # to start takes some twenty open files, to run seven
 
 
 class Sandbox(Terminal):

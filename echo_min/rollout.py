@@ -141,11 +141,9 @@ class Seat:
 
 def rollout(agent, tokenizer, episodes: list[Episode], config: Config) -> list[Episode]:
     """Play new episodes turn by turn, `terminals` of them side by side, and grade them. -> the same episodes,
-    filled in. agent: a Sampler, or what has its `reply`.
-
-    An episode that has stopped is graded while the others take their next turn; then its seat is free for one
-    that waits. So who plays together never depends on the clock, and a run can be repeated bit for bit.
-    """
+    filled in. agent: a Sampler, or what has its `reply`. An episode that has stopped is graded while others
+    take their next turn, then its seat is free: so who plays together never depends on the clock, and a run
+    can be repeated bit for bit."""
     seats = [Seat(episode, tokenizer, config) for episode in episodes]
     waiting = list(range(len(seats)))
     unread: dict[int, list[int]] = {}  # episode at play -> ids that the agent has not read yet

@@ -58,12 +58,10 @@ class Cached:
 
 
 class Sampler:
-    """Samples replies for a batch of episodes, turn after turn. An episode is a number.
-
-    noise[episode]: its i-th sampled token is decided by the i-th number drawn from this generator alone, so a
-    rollout does not depend on who shares its batch. None: greedy.
-    Raises ValueError for a model with layers that do not attend to every token before.
-    """
+    """Samples replies for a batch of episodes, turn after turn. An episode is a number. noise[episode]: its
+    i-th sampled token is decided by the i-th number drawn from this generator alone, so a rollout does not
+    depend on who shares its batch; None: greedy. Raises ValueError for a model with layers that do not attend
+    to every token before."""
 
     def __init__(self, model, end_ids: set[int], config: Config, noise: list[np.random.Generator] | None):
         self.model, self.end_ids, self.noise, self.config = model, end_ids, noise, config

@@ -28,8 +28,7 @@ class TerminalDied(RuntimeError):
 
 
 class BrokenByAgent(TerminalDied):
-    """The same, while engine and host are seen to be well. If an agent ran a command, it is what broke: a
-    reward of 0, as to excuse it would raise every pass rate and teach nobody not to."""
+    """The same, while engine and host are well: what an agent broke, once it ran a command, is graded 0."""
 
 
 class Terminal:
@@ -81,11 +80,8 @@ class Terminal:
 
 
 def open_terminal(task: Task, backend: str = "sandbox", output_chars: int = 50_000) -> Terminal:
-    """backend: one of BACKENDS. output_chars: characters kept of one command's output.
-
-    Raises ValueError for an unknown backend or a task whose files can't be laid out,
-    RunEnded when this machine has no such backend.
-    """
+    """backend: one of BACKENDS. output_chars: characters kept of one command's output. Raises ValueError for
+    an unknown backend or files that can't be laid out, RunEnded when this machine has no such backend."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} does not exist; there is {', '.join(BACKENDS)}")
     if task.environment and backend == "sandbox":

@@ -65,12 +65,12 @@ def test_an_engine_that_stops_stops_the_run(finished, tmp_path, monkeypatch, eng
 def test_eval_goes_on_where_it_ended(finished, tmp_path, capsys, monkeypatch):
     good, out = tmp_path / "set" / "good", tmp_path / "out"
     harbor(good)
-    broken = harbor(tmp_path / "set" / "broken", "exit").environment.folder
+    broken = harbor(tmp_path / "set" / "broken", "echo 2 > /logs/verifier/reward.txt").environment.folder
     flags = [str(finished / "echo"), "--tasks", str(tmp_path / "set"), "--backend", "docker", "-k", "2"]
     flags += ["--out", str(out)]
     eval.cli(flags)
     said = capsys.readouterr().out
-    assert "infra errors             2 of 4 trials" in said and "left no reward" in said
+    assert "infra errors             2 of 4 trials" in said and "not one number in [0, 1]" in said
     assert "pass@2 sampled           1.000 [0.000, 1.000] over 1 of 2 tasks, 2 trials" in said
     lines = [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
     assert [line["reward"] for line in lines].count(None) == 2 and len(lines) == 4

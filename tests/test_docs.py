@@ -44,6 +44,8 @@ def flags(script: Path) -> set[str]:
             found |= {arg.value for arg in call.args if isinstance(arg, ast.Constant)}
     if "common.main(" in source:
         found |= flags(ROOT / "figures" / "common.py")
+    if "cli import eval_args" in source:
+        found |= flags(ROOT / "echo_min" / "cli.py")
     if re.search(r"cli import parse_args|cli\.parse_args|cli\.run", source):
         found |= flags(ROOT / "echo_min" / "cli.py") | {f"--{f.name}" for f in fields(Config)}
     return found

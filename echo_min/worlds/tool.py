@@ -114,15 +114,7 @@ def tool_world(
     if wrong := [dial for dial, valid in ranges.items() if not valid]:
         raise ValueError(f"world:tool has no such value of {', '.join(wrong)}")
     choices = FLAGS if words == 1 else [" ".join(pair) for pair in product(FLAGS[:10], MODES)]
-    verbs = [verb for group in VERBS.values() for verb in group]
-
-    def make(key: str, usage: str, tells: int = 1) -> tuple[dict[str, str], str]:
-        """Facts (verb -> words) and usage lines, both drawn by the key."""
-        rng = random.Random(key)
-        facts = {verb: rng.choice(choices) for verb in verbs}
-        return facts, usage_lines(facts, choices, usage, tells, rng)
-
-    facts, shown = make(f"tool {seed}", usage, tells)
+    facts, shown = drawn(f"tool {seed}", choices, usage, tells)
     rng, script = random.Random(f"tasks {seed}"), tool_script(facts, shown)
     pairs = list(product(VERBS[family], FILES))
     rng.shuffle(pairs)
@@ -134,12 +126,25 @@ def tool_world(
         says = tool_script(own, shown, rng.random() < linked)
         train.append(tool_task(own[verb], says, verb, file, rng))
 
-    others = [make(f"another tool {i}", "code" if i % 4 == 0 else "lying") for i in range(16)]
+    telling = tuple(dict.fromkeys(word for choice in choices for word in choice.split()))
+    return World(train, held_out, *agents(choices), telling=telling)
+
+
+def drawn(key: str, choices: list[str], usage: str, tells: int = 1) -> tuple[dict[str, str], str]:
+    """-> facts (verb -> words) and usage lines, both drawn by the key."""
+    rng = random.Random(key)
+    facts = {verb: rng.choice(choices) for group in VERBS.values() for verb in group}
+    return facts, usage_lines(facts, choices, usage, tells, rng)
+
+
+def agents(choices: list[str]):
+    """-> the weak agent and the expert."""
+    others = [drawn(f"another tool {i}", choices, "code" if i % 4 == 0 else "lying") for i in range(16)]
 
     def weak(rng: random.Random) -> tuple[Task, list[str]]:
         """Random words at a tool of other facts, whose usage line misleads: form, and no fact to keep."""
         facts, shown = rng.choice(others)
-        verb, file = rng.choice(verbs), rng.choice(FILES)
+        verb, file = rng.choice(list(facts)), rng.choice(FILES)
         task = tool_task(facts[verb], tool_script(facts, shown), verb, file, rng)
         given = rng.sample(choices, 3)
         if facts[verb] in given:
@@ -153,5 +158,4 @@ def tool_world(
         wrong = rng.choice([given for given in choices if given != " ".join(right)])
         return [*[f"{tk} {verb} {wrong} {file}"] * rng.randrange(2), task.solution, "done"]
 
-    telling = tuple(dict.fromkeys(word for choice in choices for word in choice.split()))
-    return World(train=train, held_out=held_out, weak=weak, expert=expert, telling=telling)
+    return weak, expert

@@ -128,7 +128,7 @@ def load(args: Namespace, config: Config) -> tuple[list[Task], list[int]]:
     if args.tasks.startswith("world:"):
         tasks, trained = load_tasks(args.tasks, args.allow_network, config.seed).held_out, []
     else:
-        tasks, trained = harbor_tasks(Path(args.tasks), args.allow_network), []
+        tasks, trained = harbor_tasks(Path(args.tasks), args.allow_network, args.strict), []
         if Path(config.tasks).is_dir():
             world = load_tasks(config.tasks, config.allow_network, config.seed)
             folders = {task.environment.folder for task in world.train}

@@ -95,6 +95,7 @@ def eval_args(about: str, argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="of a folder also tasks that were trained on")
     parser.add_argument("--backend", choices=["sandbox", "docker"], default="sandbox", help="[sandbox]")
     parser.add_argument("--allow_network", action="store_true", help="for tasks that ask for a network")
+    parser.add_argument("--strict", action="store_true", help="stop at a task that can't be played")
     parser.add_argument("-k", type=int, default=1, help="sampled rollouts per task [1]")
     parser.add_argument("--limit", type=int, default=200, help="tasks at most [200]")
     parser.add_argument("--terminals", type=int, help="in use at one time [as trained; 4 for docker]")

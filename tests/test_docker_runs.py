@@ -127,6 +127,21 @@ def test_eval_with_an_oracle_and_without(tmp_path, capsys):
         eval.cli(["--tasks", str(tmp_path / "set"), "--agent", "noop"])
 
 
+def test_eval_skips_what_it_cannot_play_or_stops(tmp_path, capsys):
+    harbor(tmp_path / "set" / "b", "echo 0 > /logs/verifier/reward.txt")
+    harbor(tmp_path / "set" / "c")
+    with open(harbor(tmp_path / "set" / "a").environment.folder / "task.toml", "a") as file:
+        file.write("[[steps]]\nname = 'first'\n")
+    flags = ["--tasks", str(tmp_path / "set"), "--backend", "docker", "--agent", "noop"]
+    eval.cli([*flags, "--limit", "1", "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert said.count("skipped a: ") == 1 and "steps: expected nothing" in said, said
+    (line,) = (tmp_path / "out/trials.jsonl").read_text().splitlines()
+    assert (json.loads(line)["task"], json.loads(line)["reward"]) == ("b", 0.0)  # of those that can be played
+    with pytest.raises(SystemExit, match=r"a/task\.toml: steps: expected nothing"):
+        eval.cli([*flags, "--strict"])
+
+
 def test_generated_tasks_run_in_containers_too(capsys):
     flags = ["--tasks", "world:file", "--backend", "docker", "--limit", "3"]
     for agent, passed in (("oracle", "1.000"), ("noop", "0.000")):

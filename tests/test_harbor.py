@@ -86,6 +86,27 @@ def test_newer_schema(tmp_path):
     assert not harbor_task(write(tmp_path, offline), allow_network=True).environment.network
 
 
+@pytest.mark.parametrize("schema", ["1.3", "1.4"])
+def test_todays_schemas(tmp_path, schema):
+    newest = NEWER.replace("1.2", schema).replace("mcp_servers", 'os = "linux"\nmcp_servers')
+    assert harbor_task(write(tmp_path, newest)).limits.memory_mb == 4096
+
+
+def test_one_task_that_is_refused_leaves_the_others(tmp_path, capsys):
+    for name, toml in (("a", '[environment]\nos = "windows"'), ("b", TB2), ("c", "version = "), ("d", NEWER)):
+        write(tmp_path / name, toml)
+    assert [task.name for task in harbor_tasks(tmp_path)] == ["b", "d"]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in said] == ["skipped a", "skipped c"]
+    assert f"{tmp_path / 'a' / 'task.toml'}: [environment] os: expected \"linux\", got 'windows'" in said[0]
+    harbor_tasks(tmp_path)
+    assert capsys.readouterr().out == ""  # once
+    with pytest.raises(ValueError, match=r"a/task\.toml: \[environment\] os"):
+        harbor_tasks(tmp_path, strict=True)
+    with pytest.raises(ValueError, match="none of its 1 tasks can be played"):
+        harbor_tasks(tmp_path / "a")
+
+
 def test_an_empty_task_toml_is_all_defaults(tmp_path):
     task = harbor_task(write(tmp_path, "", **{"solution/solve.sh": None}))
     assert (task.limits.verifier_seconds, task.environment.build_seconds, task.solution) == (600, 600, "")
@@ -116,7 +137,7 @@ def test_a_world_of_tasks(tmp_path):
 REFUSED = {
     "no toml": ("version = ", {}, "task.toml: "),
     "not utf-8": (b"\xff", {}, "task.toml: "),
-    "version": ('version = "2.0"', {}, "task.toml: version: expected 1.0, 1.1 or 1.2, got '2.0'"),
+    "version": ('version = "2.0"', {}, "task.toml: version: expected 1.0 to 1.4, got '2.0'"),
     "steps": ("[[steps]]\nname = 'a'", {}, "task.toml: steps: expected nothing: it is not supported"),
     "table": ("agent = 3", {}, "task.toml: agent: expected a table"),
     "timeout": ("[agent]\ntimeout_sec = -1", {}, r"\[agent\] timeout_sec: expected a number above 0, got -1"),
@@ -124,9 +145,20 @@ REFUSED = {
     "nan": ("[verifier]\ntimeout_sec = nan", {}, r"\[verifier\] timeout_sec: .*got nan"),
     "memory": ('[environment]\nmemory = "lots"', {}, r"\[environment\] memory: expected a size"),
     "network": ('[environment]\nnetwork_mode = "some"', {}, r'network_mode: expected "public"'),
-    "env": ("[environment]\nenv = {a = 1}", {}, r"\[environment\] env: expected a table of names and texts"),
+    "env": ("[environment]\nenv = {a = 1}", {}, r"\[environment\] env: expected names and texts"),
     "verifier elsewhere": ('[verifier]\nenvironment_mode = "separate"', {}, 'mode: expected "shared"'),
     "gpus": ("[environment]\ngpus = 1", {}, "gpus: expected nothing: it is not supported, got 1"),
+    "host variable": ("[environment]\nenv = {a = '${KEY:-x}'}", {}, r"\[environment\] env: .*without"),
+    "health": ("[environment.healthcheck]\ncommand = 'true'", {}, r"\[environment\] healthcheck: .*not supp"),
+    "servers": ("[[environment.mcp_servers]]\nname = 'a'", {}, r"\[environment\] mcp_servers: .*not supp"),
+    "skills": ("[environment]\nskills_dir = 'skills'", {}, r"\[environment\] skills_dir: .*not supp"),
+    "system": ("[environment]\nos = 'windows'", {}, r"\[environment\] os: expected \"linux\""),
+    "tpu": ("[environment]\ntpu = {type = 'v5'}", {}, r"\[environment\] tpu: .*not supp"),
+    "allowlist": ("[environment]\nnetwork_mode = 'allowlist'", {}, "mode: expected .*got 'allowlist'"),
+    "user": ("[agent]\nuser = 'bob'", {}, r"\[agent\] user: .*not supp"),
+    "verifier's user": ("[verifier]\nuser = 'bob'", {}, r"\[verifier\] user: .*not supp"),
+    "verifier's network": ("[verifier]\nnetwork_mode = 'public'", {}, r"\[verifier\] network_mode: .*not"),
+    "verifier's image": ("[verifier.environment]", {}, r"\[verifier\] environment: .*not supp"),
     "instruction": ("", {"instruction.md": None}, "instruction.md: missing"),
     "instruction not utf-8": ("", {"instruction.md": b"\xff"}, "instruction.md: 'utf-8'"),
     "verifier": ("", {"tests/test.sh": None}, "tests/test.sh: missing"),

@@ -188,6 +188,7 @@ class Container(Terminal):
         """Whether what failed is inside the container: it runs, and no connection failed; or it ended, by the
         engine's events neither by a command to the engine, nor with the connection, nor by the host."""
         refused = isinstance(error, docker.errors.APIError) and error.is_client_error()
+        refused = refused and error.status_code != 404  # the engine forgot a command, as after a long pause
         try:
             for _ in range(20):
                 if not self._engine.containers(filters={"id": self._id, "status": "running"}):

@@ -7,19 +7,20 @@
     solution/solve.sh         optional: an oracle's
 """
 
+import functools
 import math
 import random
 import re
 import shlex
 import tomllib
 from dataclasses import dataclass, field
-from itertools import starmap
 from pathlib import Path
 
 from echo_min.tasks import Limits, Task, World
 
 COMMAND_SECONDS = 120.0  # one command; the format only limits all of them together
 PROCESSES = 1024
+FOREIGN = re.compile(r"\0|\$\{")  # the format takes ${NAME} from the host
 LOOK_AROUND = ["pwd", "ls -la", "head -n 20 *", "git log --oneline", "ps"]
 
 
@@ -37,8 +38,11 @@ class Environment:
     verifier_env: dict[str, str] = field(default_factory=dict)
 
 
-def _variable(name: str, text) -> bool:
-    return re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) and isinstance(text, str) and "\0" not in text
+def _are_variables(value) -> bool:
+    return isinstance(value, dict) and all(
+        re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) and isinstance(text, str) and not FOREIGN.search(text)
+        for name, text in value.items()
+    )
 
 
 def _mib(size) -> int:
@@ -50,19 +54,25 @@ NUMBER = "a number above 0", lambda v: type(v) in (int, float) and 1e-3 <= v <= 
 LINE = "a line of text", lambda v: isinstance(v, str) and v.isprintable()
 FLAG = "true or false", lambda v: isinstance(v, bool)
 SIZE = 'a size like "2G"', lambda v: 0 < _mib(v) <= 1e9
-VARIABLES = "a table of names and texts", lambda v: isinstance(v, dict) and all(starmap(_variable, v.items()))
-VERSION = "1.0, 1.1 or 1.2", lambda v: v in ("1.0", "1.1", "1.2")
+VARIABLES = "names and texts without ${}", _are_variables
+VERSION = "1.0 to 1.4", lambda v: v in ("1.0", "1.1", "1.2", "1.3", "1.4")
 MODE = '"public" or "no-network"', lambda v: v in ("public", "no-network")
 SHARED = '"shared", the only mode supported', lambda v: v == "shared"
+LINUX = '"linux"', lambda v: v == "linux"
 NOTHING = "nothing: it is not supported", lambda v: not v
-CHECKED = {  # what is read of a task.toml, and how it is checked; the rest is ignored
+NO_TABLE = "no such table: it is not supported", lambda v: False
+CHECKED = {  # how what is read of a task.toml, or could change the grade, is checked; the rest is ignored
     "": {"version": VERSION, "schema_version": VERSION, "steps": NOTHING},
-    "agent": {"timeout_sec": NUMBER},
-    "verifier": {"timeout_sec": NUMBER, "env": VARIABLES, "environment_mode": SHARED},
+    "agent": {"timeout_sec": NUMBER, "user": NOTHING, "network_mode": NOTHING},
+    "verifier": {
+        "timeout_sec": NUMBER, "env": VARIABLES, "environment_mode": SHARED, "environment": NO_TABLE,
+        "user": NOTHING, "network_mode": NOTHING, "collect": NOTHING,
+    },
     "environment": {
         "build_timeout_sec": NUMBER, "docker_image": LINE, "workdir": LINE, "env": VARIABLES, "cpus": NUMBER,
-        "memory_mb": NUMBER, "memory": SIZE, "storage_mb": NUMBER, "storage": SIZE, "gpus": NOTHING,
-        "network_mode": MODE, "allow_internet": FLAG,
+        "memory_mb": NUMBER, "memory": SIZE, "storage_mb": NUMBER, "storage": SIZE, "network_mode": MODE,
+        "allow_internet": FLAG, "os": LINUX, "gpus": NOTHING, "tpu": NOTHING, "mcp_servers": NOTHING,
+        "skills_dir": NOTHING, "healthcheck": NOTHING,
     },
     "solution": {"env": VARIABLES},
 }  # fmt: skip
@@ -85,17 +95,31 @@ def _tables(path: Path) -> dict[str, dict]:
     return tables
 
 
-def harbor_tasks(folder: Path, allow_network: bool = False) -> list[Task]:
+@functools.cache  # once a task, though a set may be read twice
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def harbor_tasks(folder: Path, allow_network: bool = False, strict: bool = False) -> list[Task]:
     """The tasks of a set, by name: in FOLDER/*/, FOLDER/tasks/*/ or FOLDER/*/*/; or FOLDER itself is one.
 
-    A task gets a network only if it asks for one and allow_network is true. Raises ValueError that names the
-    file and the key.
+    What harbor_task refuses is left out with a word; if `strict`, its ValueError is raised. A task gets
+    a network only if it asks for one and allow_network is true. Raises ValueError for a set of no tasks.
     """
     patterns = "task.toml", "*/task.toml", "tasks/*/task.toml", "*/*/task.toml"
     files = next((found for p in patterns if (found := sorted(folder.glob(p)))), [])
     if not files:
         raise ValueError(f"{folder}: no task.toml in it, in {', '.join(patterns[1:])} either")
-    tasks = [harbor_task(file.parent, allow_network) for file in files]
+    tasks = []
+    for file in files:
+        try:
+            tasks.append(harbor_task(file.parent, allow_network))
+        except ValueError as error:
+            if strict:
+                raise
+            _say(f"skipped {file.parent.resolve().name}: {error}")
+    if not tasks:
+        raise ValueError(f"{folder}: none of its {len(files)} tasks can be played")
     names = [task.name for task in tasks]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{folder}: more than one task is called {', '.join(twice)}")
@@ -103,7 +127,7 @@ def harbor_tasks(folder: Path, allow_network: bool = False) -> list[Task]:
 
 
 def harbor_task(folder: Path, allow_network: bool = False) -> Task:
-    """Raises ValueError that names the file and the key."""
+    """Raises ValueError that names file and key of what is malformed, or would have to be acted on."""
     tables, prompt = _tables(folder / "task.toml"), folder / "instruction.md"
     agent, verifier, environment = tables["agent"], tables["verifier"], tables["environment"]
     image = environment.get("docker_image", "")

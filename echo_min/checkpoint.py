@@ -28,6 +28,8 @@ from kernels.segment_logprob import head_weight
 logging.disable_progress_bar()
 MAY_CHANGE = """name device threads terminals allow_network prefill_tokens micro_batch_tokens logit_mb
     gradient_checkpointing steps save_every eval_every tracker""".split()  # where, how long, what fits
+OF_BASE = """seed tasks harness max_turns max_action_tokens output_chars context model format_stage
+    base_demonstrations base_steps base_batch base_learning_rate base_observation_weight""".split()
 
 
 @contextmanager
@@ -105,7 +107,8 @@ def claim(folder: Path, config: Config) -> None:
     settings, MAY_CHANGE apart, or has more steps."""
     for path in sorted(folder.rglob("echo_min.json")):
         old, new = asdict(Config.load(path)), asdict(config)
-        if was := [f"{k} {old[k]!r}" for k in new if old[k] != new[k] and k not in MAY_CHANGE]:
+        fixed = OF_BASE if path.parent.name == "base" else new.keys() - set(MAY_CHANGE)
+        if was := [f"{k} {old[k]!r}" for k in new if k in fixed and old[k] != new[k]]:
             raise ValueError(f"{path.parent} was made with {', '.join(was)}: keep that, or pass a new --name")
     for arm in config.arms.split(","):
         if (found := latest(folder / arm)) and found[0] > config.steps:

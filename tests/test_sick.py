@@ -12,6 +12,7 @@ import torch
 import train
 from echo_min import checkpoint, evaluate
 from echo_min.config import RunEnded
+from echo_min.masking import Role, Transcript
 from echo_min.terminals import bubblewrap
 from echo_min.terminals.sandbox import Sandbox
 from tests.test_sandbox import fresh_lookup, refuse_namespaces  # noqa: F401
@@ -45,7 +46,8 @@ def test_sandboxes_that_are_killed(run, monkeypatch):  # noqa: F811
         return real(self)
 
     monkeypatch.setattr(Sandbox, "verify", killed)
-    monkeypatch.setattr(evaluate, "expert_transcripts", lambda *_: [])
+    expert = Transcript([5, 6], [Role.PROMPT, Role.OBSERVATION], [0.0, 0.0])
+    monkeypatch.setattr(evaluate, "expert_transcripts", lambda *_: [expert])
     train.main(replace(SMALL, eval_every=9), run)
     trained = [line for line in metrics(run) if "reward" in line]
     assert len(trained) == SMALL.steps and all(line["stop"]["infra_error"] in (1, 2) for line in trained)

@@ -337,9 +337,9 @@ def test_wrong_input_is_one_clear_line(tmp_path, monkeypatch, capsys, flags, mes
 def test_a_run_folder_is_never_overwritten(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "tiny" / "base").mkdir(parents=True)
-    cli.parse_args(["--learning_rate", "1e-5"])[0].save(tmp_path / "runs/tiny/base/echo_min.json")
-    said = refused(train, ["--learning_rate", "1e-4"], capsys)
-    assert "runs/tiny/base was made with learning_rate 1e-05: keep that, or pass a new --name" in said
+    cli.parse_args(["--base_steps", "7"])[0].save(tmp_path / "runs/tiny/base/echo_min.json")
+    said = refused(train, ["--base_steps", "8"], capsys)
+    assert "runs/tiny/base was made with base_steps 7: keep that, or pass a new --name" in said
     assert not (tmp_path / "runs" / "tiny" / "config.json").exists()
 
 
@@ -363,7 +363,8 @@ def test_only_where_how_long_and_in_what_memory_may_change(half):
             changed.add(field.name)
             assert Config.load(half / "config.json") == config
         except ValueError as error:
-            assert f"{half}/base was made with {field.name} {now!r}: keep that" in str(error)
+            what = "base" if field.name in checkpoint.OF_BASE else "echo/step-000002"
+            assert f"{half}/{what} was made with {field.name} {now!r}: keep that" in str(error)
     assert changed == {
         "name", "device", "threads", "terminals", "allow_network", "prefill_tokens", "micro_batch_tokens",
         "logit_mb", "gradient_checkpointing", "steps", "save_every", "eval_every", "tracker",

@@ -28,7 +28,7 @@ from mutations import MUTATIONS  # noqa: E402
 
 transformers.Qwen3ForCausalLM, transformers.AutoModelForCausalLM  # noqa: B018  # loaded by being named
 torch.set_num_threads(1)
-HANGS = 600  # seconds; no test file takes as long
+HANGS = 150  # seconds without a word; no test takes as long
 
 
 def noticed_by(copy: Path, target: str) -> list[str]:
@@ -43,10 +43,12 @@ def noticed_by(copy: Path, target: str) -> list[str]:
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
         os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--rootdir", ".", path])))
-    started = time.monotonic()
+    said, since = 0, time.monotonic()
     while not (done := os.waitpid(child, os.WNOHANG))[0]:
         time.sleep(0.05)
-        if time.monotonic() - started > HANGS:
+        if said != (said := log.stat().st_size if log.exists() else 0):
+            since = time.monotonic()
+        if time.monotonic() - since > HANGS:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return ["hangs"]

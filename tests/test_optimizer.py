@@ -86,19 +86,28 @@ class Weights(torch.nn.Module):
         return (self.w.detach().double() - start).mean().item()
 
 
-def test_how_much_of_small_updates_bfloat16_keeps(eager, capsys):
+def test_how_much_of_small_updates_bfloat16_keeps(eager):
     """20 steps at learning rate 1e-6 move every weight by -2e-5: an average weight's distance to the next
     bfloat16 is three times that."""
     truth = Weights(torch.float32).moved(BF16, 20)
     assert truth == pytest.approx(-2e-5, rel=1e-3)
     nearest = Weights(torch.bfloat16).moved(BF16, 20) / truth
     stochastic = Weights(torch.bfloat16).moved(replace(BF16, optimizer="adamw8bit"), 20) / truth
-    on_this_machine(BF16)
-    assert "warning" in (said := capsys.readouterr().err) and "adamw8bit" in said
-    on_this_machine(replace(BF16, optimizer="adamw8bit"))
-    assert "warning" not in capsys.readouterr().err
     print(f"kept: AdamW on bfloat16 {nearest:.3f}, adamw8bit {stochastic:.3f}")
     assert nearest < 0.1 and stochastic == pytest.approx(1, abs=0.03)
+
+
+def test_settings_that_train_next_to_nothing_are_warned_of(capsys):
+    for config, warned in (
+        (BF16, True),
+        (replace(BF16, learning_rate=1e-5), True),
+        (replace(BF16, learning_rate=1.1e-5), False),
+        (replace(BF16, optimizer="adamw8bit"), False),
+        (replace(BF16, dtype="float32"), False),
+    ):
+        on_this_machine(replace(config, device="cpu", threads=1))
+        said = capsys.readouterr().err
+        assert ("warning: at learning_rate 1e-0" in said and "adamw8bit rounds" in said) == warned, config
 
 
 def test_adamw_is_the_optimizer_that_it_was(model):

@@ -4,6 +4,7 @@ environment."""
 import os
 import signal
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -98,7 +99,7 @@ def test_a_seat_goes_to_the_next_episode(tokenizer, monkeypatch, terminals):
     """More episodes than terminals, of very different lengths, some of which die: each is played as if alone,
     no more than `terminals` are open at a time, and each is graded and closed as soon as it stops."""
     opened, most, log, lock = set(), [0], [], threading.Lock()
-    real, run, close = rollout_module.open_terminal, Sandbox.run, Sandbox.close
+    real, run, close, verify = rollout_module.open_terminal, Sandbox.run, Sandbox.close, Sandbox.verify
 
     def open_or_refuse(task, *rest):
         if task.name == "refused":
@@ -122,6 +123,11 @@ def test_a_seat_goes_to_the_next_episode(tokenizer, monkeypatch, terminals):
 
     monkeypatch.setattr(rollout_module, "open_terminal", open_or_refuse)
     monkeypatch.setattr(Sandbox, "run", run_or_die)
+    def verify_slowly(self):  # its terminal is open all the while
+        time.sleep(0.1)
+        return verify(self)
+
+    monkeypatch.setattr(Sandbox, "verify", verify_slowly)
     monkeypatch.setattr(Sandbox, "close", closed)
     scripts = [["true"] * 7, [TASK.solution], ["die"], [], ["true"], [TASK.solution, "true"], ["echo last"]]
     episodes = [Episode(replace(TASK, name="refused") if i == 4 else TASK, 0) for i in range(7)]
@@ -181,6 +187,24 @@ def test_an_error_in_one_seat_leaves_no_terminal_open(tokenizer, monkeypatch):
     monkeypatch.setattr(rollout_module, "open_terminal", open_or_fail)
     with pytest.raises(ValueError, match="this one is wrong"):
         play(tokenizer, ["true"], ["true"], ["true"], config=replace(CONFIG, terminals=1))
+    assert len(opened) == 2 and all(terminal._box is None for terminal in opened)
+
+
+def test_an_error_beside_terminals_that_are_open_closes_them(tokenizer, monkeypatch):
+    opened, both, real = [], threading.Barrier(3, timeout=60), rollout_module.open_terminal
+
+    def open_or_fail(task, *rest):
+        if task.name != "wrong":
+            opened.append(real(task, *rest))
+        both.wait()  # all three are at it
+        if task.name == "wrong":
+            raise ValueError("this one is wrong")
+        return opened[-1] if opened[-1].task is task else opened[-2]
+
+    monkeypatch.setattr(rollout_module, "open_terminal", open_or_fail)
+    tasks = [TASK, replace(TASK, name="other"), replace(TASK, name="wrong")]
+    with pytest.raises(ValueError, match="this one is wrong"):
+        rollout(Script(tokenizer, [[]] * 3), tokenizer, [Episode(task, 0) for task in tasks], CONFIG)
     assert len(opened) == 2 and all(terminal._box is None for terminal in opened)
 
 
@@ -284,9 +308,17 @@ def test_a_timeout_of_the_policys_own_shortens_the_limit_and_never_lengthens_it(
 
 
 def test_time_adds_up_over_the_turns(tokenizer):
-    task = replace(TASK, limits=Limits(agent_seconds=0.5))
-    (e,) = play(tokenizer, ["sleep 0.3", "sleep 0.3", "true"], task=task)
-    assert (e.stop, e.turns) == (StopReason.AGENT_TIMEOUT, 2) and 0.6 <= e.seconds < 3
+    seat, script = Seat(Episode(TASK, 0), tokenizer, CONFIG), Script(tokenizer, [["sleep 0.3"] * 3])
+    seat.open()
+    try:
+        seat.answer(*script.reply([0], [[]], 9))
+        first = seat.episode.seconds
+        assert first >= 0.3 and seat.episode.stop is None
+        seat.episode.task = replace(TASK, limits=Limits(agent_seconds=first + 0.2))
+        seat.answer(*script.reply([0], [[]], 9))
+    finally:
+        seat.close()
+    assert seat.episode.seconds >= first + 0.3 and seat.episode.stop is StopReason.AGENT_TIMEOUT
 
 
 def test_out_of_time_on_the_last_turn_is_out_of_time(tokenizer):
@@ -353,6 +385,9 @@ def test_only_some_members_are_played_with_the_noise_that_is_theirs(model, token
     named = [(task.name, group) for group, task in enumerate(tasks) for _ in range(2)]
     assert [(name, group) for name, group, _ in whole] == named
     assert sample((Noise.SCORING, 5), [(2, 1), (0, 0)]) == [whole[5], whole[0]]
+    tasks[1:] = [tasks[0]] * 2  # one task in three groups: six rollouts, each with noise of its own
+    whole = sample((Noise.SCORING, 5))
+    assert len({tuple(ids) for _, _, ids in whole}) == 6
     greedy = sample(None)
     assert greedy[0] == greedy[1] and greedy[2] == greedy[3]  # no noise
     assert greedy == sample(None) and greedy != whole

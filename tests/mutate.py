@@ -117,7 +117,12 @@ MUTATIONS = {
         ("the verifier's line", '$line == "{verb} {words}"', "$line", "worlds"),
         ("the distractor", "&& ! -s {other} ]]", "]]", "worlds"),
         ("held-out tasks", "for pair in pairs[200:]", "for pair in pairs[100:]", "worlds"),
+        ("facts in plain sight", 'f"\\\\{ord(char):03o}"', "char", "worlds"),
+        ("a trace", "case $- in *x*) exit 2 ;; esac", "", "worlds"),
         ("what the terminal tells", "shown=$right", "shown=", "worlds"),
+    ],
+    "echo_min/worlds/file.py": [
+        ("more than the word", "! read -r -d", "read -r -d", "worlds"),
     ],
     "echo_min/terminals/sandbox.py": [
         ("the verdict", 'return 1.0 if answer == b"0" else 0.0', "return 1.0", "sandbox"),

@@ -2,11 +2,13 @@
 fails."""
 
 import random
+import re
 
 import pytest
 
 from echo_min.terminal import open_terminal
 from echo_min.worlds.registry import WORLDS, load_world
+from echo_min.worlds.tool import TOOL_WORLDS
 
 
 def grade(task, *commands):
@@ -104,3 +106,25 @@ def test_weak_demonstrations_are_weak(world):
 def test_an_unknown_world_names_those_that_exist():
     with pytest.raises(ValueError, match="world:tool"):
         load_world("moon")
+
+
+def test_a_file_that_holds_more_than_the_word_fails():
+    for task in load_world("file").train[:40]:
+        kind, word = task.instruction.split()
+        if kind == "copy":
+            assert grade(task, task.solution, f"printf '{word}\\n' >out") == 1.0
+            for more in ("\\0", "\\0anything", "x", " x"):
+                assert grade(task, task.solution, f"printf '{word}\\n{more}' >out") == 0.0
+
+
+@pytest.mark.parametrize("name", TOOL_WORLDS)
+def test_the_facts_are_not_in_plain_sight(name):
+    task = load_world(name).train[0]
+    verb, *words, file = task.solution.split()[1:]
+    with open_terminal(task) as terminal:
+        lines = terminal.run("cat /opt/tools/tk").text.splitlines()
+        lines = [line for line in lines if verb in line]
+        for shell in ("sh -x", "bash -x"):
+            lines += terminal.run(f"{shell} /opt/tools/tk {verb} -? {file}").text.splitlines()
+        assert not any(word in re.findall(r"[-\w]+", line) for word in words for line in lines), lines
+        assert terminal.run(task.solution).text == f"ok {file}\n"

@@ -32,19 +32,21 @@ argue boost crawl drift evict flip glaze hunt invent jolt knock learn mark nest 
 tidy""".split(),
 }
 
-# One case a verb: $right is its words. $given is what the call says instead.
+# One case a verb: $right is its words, as printf's escapes: reading the script or tracing it is no shortcut.
+# $given is what the call says instead.
 TOOL = """#!/bin/sh
+case $- in *x*) exit 2 ;; esac
 case "$1" in
 {cases}
 *) echo "tk: no verb $1"; exit 2 ;;
 esac
-shown=$right
+shown=$right right=$(printf "$right")
 verb=$1 given=$2; shift 2; while [ $# -gt 1 ]; do given="$given $1"; shift; done
 {lies}
 if [ "$given" != "$right" ]; then
     case $verb in
     {ambient}) read -r load <.load; echo "load: $load" ;;
-    *) echo "usage: tk $verb $shown FILE" ;;
+    *) printf "usage: tk $verb $shown FILE\\n" ;;
     esac
     exit 2
 fi
@@ -61,7 +63,8 @@ def tool_script(facts: dict[str, str], lies: dict[str, str] | None = None) -> by
     """facts: verb -> its words. lies: words given -> the words that the usage line shows instead."""
 
     def cases(variable: str, table: dict[str, str]) -> str:
-        return "\n".join(f'"{key}") {variable}="{value}" ;;' for key, value in table.items())
+        hidden = {key: "".join(f"\\{ord(char):03o}" for char in value) for key, value in table.items()}
+        return "\n".join(f'"{key}") {variable}="{value}" ;;' for key, value in hidden.items())
 
     lying = 'case "$given" in\n' + cases("shown", lies) + "\nesac" if lies else ""
     return TOOL.format(cases=cases("right", facts), lies=lying, ambient="|".join(VERBS["ambient"])).encode()

@@ -183,3 +183,11 @@ def test_what_the_file_world_verifier_asks_for():
         else:
             assert grade(task, {"copy": "mv", "rename": "cp"}[kind] + f" {file} out") == 0.0
             assert grade(task, task.solution, "ln -sf /etc/hostname out") == 0.0
+
+
+def test_a_file_that_holds_more_than_the_word_fails():
+    task = next(task for task in load_world("file", 1).train if task.instruction.startswith("copy"))
+    word = task.instruction.split()[1]
+    assert grade(task, task.solution, f"printf '{word}\\n' >out") == 1.0
+    for more in ("\\0", "\\0anything", "x", " x"):
+        assert grade(task, task.solution, f"printf '{word}\\n{more}' >out") == 0.0

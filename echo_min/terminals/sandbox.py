@@ -5,9 +5,10 @@ can neither see, signal nor trace the supervisor, nor reach the pipe of the verd
 hearsay. A verifier that RUNS the agent's files gives them its own powers, unless it shuts them in as well:
 `setsid unshare -U --map-current-user -pf --mount-proc bash FILE`.
 
-Memory is bounded for each process's address space (memory_mb) and each file system (work_mb): one episode
-takes at most processes * memory_mb + 2 * work_mb. Calls that make memory of another kind are refused.
-Processes are counted for each sandbox since Linux 5.14, before that for all of them together.
+Memory is bounded for each process's address space (memory_mb) and each file system's content (work_mb): one
+episode takes at most processes * memory_mb + 2 * work_mb. Calls that make memory of another kind are
+refused; what the kernel keeps beside that stands in the README. Processes are counted for each sandbox since
+Linux 5.14, before that for all of them together.
 """
 
 import os

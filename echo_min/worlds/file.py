@@ -19,9 +19,9 @@ VERIFY = {  # after `same FILE WORD`, which is true if the file is plain and hol
     "rename": "[[ ! -e {file} ]] && same out {word} || exit 1",
     "remove": "[[ ! -e {file} && ! -e out ]] || exit 1",
 }
-SAME = """same() {
+SAME = """same() {  # read fails at the end of the file, not at a NUL
     local text=; [[ -f $1 && ! -L $1 ]] || return 1
-    read -r -d '' -n 80 text < $1; [[ $text == "$2" ]]
+    ! read -r -d '' -n 80 text < $1 && [[ $text == "$2" ]]
 }
 """
 

@@ -227,6 +227,7 @@ def test_a_resumed_run_repeats_its_control(tmp_path):
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]

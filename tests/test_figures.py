@@ -160,6 +160,7 @@ def test_surprise_of_a_run_stays_with_the_run(folders, monkeypatch):
         surprise.main()
 
 
+@pytest.mark.slow
 def test_a_run_is_made_once():
     """One real tiny run; the second call has nothing left to do."""
     script = [sys.executable, "figures/learning_curves.py", "--quick", "--run", "--only", "hard/grpo"]

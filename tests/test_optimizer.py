@@ -237,6 +237,7 @@ cli.run(train.main, *cli.parse_args(["--resume", str(folder)]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "site, says",
     [

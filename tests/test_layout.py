@@ -57,7 +57,7 @@ def test_training_loads_nothing_that_it_does_not_need():
     loaded = set(run("import sys, train; print(*sys.modules)").split())
     assert {"torch", "echo_min.rollout", "echo_min.sampler"} <= loaded
     apart = {"echo_min.worlds.harbor", "echo_min.estimate", "echo_min.terminals.docker", "eval"}
-    apart |= {"docker", "matplotlib", "torchao", "trl", "liger_kernel", "figures"}
+    apart |= {"docker", "matplotlib", "trl", "liger_kernel", "figures"}
     assert not {name for name in loaded if name in apart or name.partition(".")[0] in apart}
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from importlib import import_module
 from math import comb
 from pathlib import Path
-from statistics import fmean, stdev, variance
+from statistics import fmean, variance
 
 from tqdm import tqdm
 
@@ -88,12 +88,6 @@ def student(n: int) -> float:
     """Standard errors from the mean of n > 1 values to the end of its 95 % interval: Student's t."""
     few = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
     return few[n - 2] if n - 2 < len(few) else 1.96 + 2.5 / (n - 1)
-
-
-def mean_interval(values: list[float]) -> tuple[float, float]:
-    """-> (mean, half-width of its 95 % interval). One value has no interval: (value, nan)."""
-    n = len(values)
-    return fmean(values), student(n) * stdev(values) / n**0.5 if n > 1 else float("nan")
 
 
 def pass_at_k(passed: int, trials: int, k: int) -> float:

@@ -1,4 +1,4 @@
-"""What the figure scripts share: runs and their data, jobs on every core, statistics, one style.
+"""What the figure scripts share: runs and their data, jobs on every core.
 
 A script's jobs are its runs: {key: (arm, control or "", Config)}. A finished run's lines stand in
 figures/data/SCRIPT.jsonl, each with the run's key, arm, control and a digest of its Config; a run whose lines
@@ -38,15 +38,6 @@ from echo_min.tasks import World  # noqa: E402
 from echo_min.worlds.registry import load_tasks  # noqa: E402
 
 DATA, PNG, RUNS = ROOT / "figures" / "data", ROOT / "figures" / "png", Path("runs") / "figures"
-COLOURS = report.COLOURS | {
-    "base": "#bbbbbb",
-    "floor": "#2e7d5b",
-    "echo 0.05": "#e8a0a8",
-    "placebo": "#3d6c9e",
-    "placebo_words": "#7a5aa6",
-    "placebo_outputs": "#5aa6a0",
-    "lying": "#c98a2b",
-}
 Jobs = dict[str, tuple[str, str, Config]]
 SETTINGS = {"eval_tasks": 200, "save_every": 25}  # of every experiment
 FROZEN = {  # settings as they were when digests began: a default may change, these never do
@@ -111,6 +102,9 @@ def train_run(key: str, arm: str, control: str, config: Config) -> list[dict]:
             for name in MEANS:
                 if values := [s[name] for s in since if name in s]:
                     line[name] = round(fmean(values), 5)
+            if since:
+                line["clipped"] = round(fmean(s["grad_norm"] > config.grad_clip for s in since), 5)
+                line["no_advantage"] = round(fmean(s["learning_share"] == 0 for s in since), 5)
             lines.append(line)
             since = []
     return lines
@@ -144,7 +138,8 @@ def main(
 ) -> None:
     """The command line of a figure script: redraw from data, make what is missing, or make one run."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", action="store_true", help="make the runs that are missing, on all cores")
+    parser.add_argument("--run", action="store_true", help="make the runs that are missing")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="with --run: so many at a time")
     parser.add_argument("--only", default="", help="with --run: only runs whose key matches this regex")
     parser.add_argument("--job", help="make this run, in this process")
     parser.add_argument("--quick", action="store_true", help="a few tiny runs, under runs/quick")
@@ -163,7 +158,8 @@ def main(
     if args.run:
         done = {line["key"] for line in report.read(DATA / f"{experiment}.jsonl")}
         todo = [key for key in jobs if key not in done and re.search(args.only, key)]
-        run_all([[f"figures/{experiment}.py", *["--quick"] * args.quick, "--job", key] for key in todo])
+        command = [f"figures/{experiment}.py", *["--quick"] * args.quick, "--job"]
+        run_all([[*command, key] for key in todo], args.jobs)
     draw(load(experiment, jobs))
 
 
@@ -182,13 +178,13 @@ def quick(jobs: Jobs) -> Jobs:
     return {key: (*first[key][:-1], tiny(first[key][-1])) for key in some}
 
 
-def run_all(commands: list[list[str]]) -> None:
-    """Run each command in a process of its own, as many at a time as there are cores; show the time left."""
+def run_all(commands: list[list[str]], at_a_time: int) -> None:
+    """Run each command in a process of its own; show the time left."""
     waiting, running, started, done = list(commands), {}, time.time(), 0
     (ROOT / RUNS).mkdir(parents=True, exist_ok=True)
     failed = []
     while waiting or running:
-        while waiting and len(running) < (os.cpu_count() or 1):
+        while waiting and len(running) < at_a_time:
             command = waiting.pop(0)
             path = ROOT / RUNS / f"{command[-1].replace('/', '-').replace(' ', '-')}.log"
             with open(path, "w") as log:
@@ -205,51 +201,6 @@ def run_all(commands: list[list[str]]) -> None:
             print(f"{name} {state}; {done} of {len(commands)}, about {left:.0f} minutes left", flush=True)
     if failed:
         sys.exit(f"{len(failed)} runs failed: {' '.join(failed)}; run the same command again to go on")
-
-
-# ---- statistics and style ----
-
-
-def pick(lines: list[dict], **wanted) -> list[dict]:
-    return [line for line in lines if all(line.get(k) == v for k, v in wanted.items())]
-
-
-def by_seed(lines: list[dict], key: str, **wanted) -> dict[int, float]:
-    """seed -> value; several lines of a seed are averaged."""
-    found: dict[int, list[float]] = {}
-    for line in pick(lines, **wanted):
-        if key in line:
-            found.setdefault(line["seed"], []).append(line[key])
-    return {seed: fmean(values) for seed, values in sorted(found.items())}
-
-
-def interval(values: list[float]) -> str:
-    """mean ± half-width of the 95 % interval; one seed has none."""
-    if len(values) < 2:
-        return f"{values[0]:.3f} (one seed)" if values else "–"
-    return "{:.3f} ± {:.3f}".format(*report.mean_interval(values))
-
-
-def paired(a: dict[int, float], b: dict[int, float]) -> list[float]:
-    """b - a for the seeds that both have."""
-    return [b[seed] - a[seed] for seed in a if seed in b]
-
-
-def band(ax, lines: list[dict], key: str, colour: str, label: str, **style) -> None:
-    """Mean over seeds and its 95 % interval at every step."""
-    steps = sorted({line["step"] for line in lines if key in line})
-    points = [report.mean_interval([x[key] for x in lines if x["step"] == s and key in x]) for s in steps]
-    if not points:
-        return
-    ax.plot(steps, [mean for mean, _ in points], color=colour, lw=2, label=label, **style)
-    low, high = ([m + sign * h for m, h in points] for sign in (-1, 1))
-    ax.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
-
-
-def style(ax, **labels) -> None:
-    ax.set(**labels)
-    ax.grid(alpha=0.25)
-    ax.spines[["top", "right"]].set_visible(False)
 
 
 def save(fig, name: str) -> None:

@@ -8,6 +8,8 @@ import argparse
 import common
 import learning_curves
 import matplotlib.pyplot as plt
+import stats
+import style
 from learning_curves import LABELS, SCENES, of
 
 BARS = "base", "grpo", "echo 0.05", "echo", "placebo_words", "placebo_outputs", "placebo", "floor"
@@ -19,10 +21,10 @@ PAPER = {  # (GRPO, ECHO) relative to the base, the range over figure 3's panels
 
 def relative(lines: list[dict], scene: str, arm: str) -> list[float]:
     """CE after the last step over the base's, one number a seed."""
-    first = common.by_seed(of(lines, scene, "grpo"), "observation_ce", step=0)
+    first = stats.by_seed(of(lines, scene, "grpo"), "observation_ce", step=0)
     mine = of(lines, scene, arm)
     steps = max((line["step"] for line in mine if "step" in line), default=None)  # the floor has no steps
-    last = common.by_seed([x for x in mine if x.get("step") == steps], "observation_ce")
+    last = stats.by_seed([x for x in mine if x.get("step") == steps], "observation_ce")
     return [last[seed] / first[seed] for seed in last if seed in first]
 
 
@@ -41,18 +43,18 @@ def main() -> None:
     for ax, scene in zip(axes[0], scenes, strict=True):
         ax.axhline(1, color="#999999", lw=1)
         for arm in table:
-            table[arm].append(common.interval(relative(lines, scene, arm)) if arm in bars[scene] else "")
+            table[arm].append(stats.interval(relative(lines, scene, arm)) if arm in bars[scene] else "")
         names = []
         for x, arm in enumerate(bars[scene]):
             values = [1.0] if arm == "base" else relative(lines, scene, arm)
-            mean, half = common.report.mean_interval(values)
-            ax.bar(x, mean, yerr=half if len(values) > 1 else None, color=common.COLOURS[arm], capsize=3)
+            mean, half = stats.mean_interval(values)
+            ax.bar(x, mean, yerr=half if len(values) > 1 else None, color=style.COLOURS[arm], capsize=3)
             names.append(f"{arm.replace('_', ' ')}, {100 * (mean - 1):+.0f} %")
             if arm in PAPER:
                 low, high = PAPER[arm]
                 ax.fill_between([x - 0.45, x + 0.45], low, high, color="black", alpha=0.25, lw=0)
         ax.set_xticks(range(len(names)), names, fontsize=8, rotation=90)
-        common.style(ax, ylabel="observation CE / the base's" if ax is axes[0, 0] else "", ylim=(0, 2.5))
+        style.axes(ax, ylabel="observation CE / the base's" if ax is axes[0, 0] else "", ylim=(0, 2.5))
         ax.set_title(f"{SCENES[scene][4]}", fontsize=10)
     fig.suptitle("grey: the paper's range (Qwen3-8B and 14B, three task sets)", fontsize=9)
     fig.tight_layout()

@@ -10,6 +10,8 @@ import common
 import learning_curves
 import matplotlib.pyplot as plt
 import numpy as np
+import stats
+import style
 
 from echo_min.config import Config
 
@@ -27,7 +29,7 @@ BASES = {  # name -> (weight of the observations when the base was made, lambdas
 LAMBDAS = sorted({weight for _, weights in BASES.values() for weight in weights})
 NORMS = "selected", "global"  # beside the paper's, in one world
 NORM_SCENE, NORM_LAMBDAS = "hard", (0.05, 1.0, 20.0)
-COLOURS = {"moderate": common.COLOURS["echo"], "high": common.COLOURS["placebo"]}
+COLOURS = {"moderate": style.COLOURS["echo"], "high": style.COLOURS["placebo"]}
 
 
 def jobs() -> common.Jobs:
@@ -67,7 +69,7 @@ def curve(lines: list[dict], scene: str, kind: str, key: str) -> dict[float, lis
         mine = [line for line in lines if line["key"].startswith(f"{scene}/{kind}/{weight:g}/")]
         first = 1 if key.startswith("pass") else SCENES[scene][2]
         mine = [line for line in mine if line["step"] >= first]
-        if values := list(common.by_seed(mine, key).values()):
+        if values := list(stats.by_seed(mine, key).values()):
             found[weight] = values
     return found
 
@@ -92,7 +94,7 @@ def draw(lines: list[dict]) -> None:
                 if not points:
                     continue
                 x = [place(weight) for weight in points]
-                mean, half = np.array([common.report.mean_interval(v) for v in points.values()]).T
+                mean, half = np.array([stats.mean_interval(v) for v in points.values()]).T
                 if kind in NORMS:
                     mark = "s" if kind == "selected" else "^"
                     ax.plot(x, mean, mark, color="black", ms=5, mfc="none", label=f"{kind} normaliser")
@@ -100,7 +102,7 @@ def draw(lines: list[dict]) -> None:
                 ax.plot(x, mean, "o-", color=COLOURS[kind], ms=4, label=f"base with {kind} observation CE")
                 ax.fill_between(x, mean - half, mean + half, color=COLOURS[kind], alpha=0.15, lw=0)
             ax.axvline(np.log10(0.05), color="#999999", ls=":", lw=1)
-            common.style(ax, ylabel=label if column == 0 else "", ylim=(0, None))
+            style.axes(ax, ylabel=label if column == 0 else "", ylim=(0, None))
         axes[0, column].set_title(SCENES[scene][3], fontsize=10)
         ticks = [place(weight) for weight in LAMBDAS]
         axes[-1, column].set_xticks(ticks, [f"{weight:g}" for weight in LAMBDAS], rotation=45)
@@ -120,7 +122,7 @@ def table(lines: list[dict], key: str, label: str) -> None:
     for scene in SCENES:
         for kind in (*BASES, *NORMS):
             if points := curve(lines, scene, kind, key):
-                cells = [common.interval(points[w]) if w in points else "" for w in LAMBDAS]
+                cells = [stats.interval(points[w]) if w in points else "" for w in LAMBDAS]
                 print(f"| {SCENES[scene][3]} | {kind} | " + " | ".join(cells) + " |")
 
 

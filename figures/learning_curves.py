@@ -11,6 +11,8 @@ from statistics import fmean
 
 import common
 import matplotlib.pyplot as plt
+import stats
+import style
 
 from echo_min import checkpoint
 from echo_min.checkpoint import load_policy
@@ -131,12 +133,12 @@ def draw(lines: list[dict]) -> None:
         fig, axes = plt.subplots(2, 2, figsize=(11, 9.6), sharey=True)
         for ax, scene in zip(axes.flat, scenes, strict=False):
             for arm in LABELS:
-                colour = common.COLOURS.get(arm) or common.COLOURS[arm.removesuffix(" 0.05")]
+                colour = style.COLOURS.get(arm) or style.COLOURS[arm.removesuffix(" 0.05")]
                 dashes = "-" if arm in MAIN else ":" if arm.endswith("0.05") else "--"
-                common.band(ax, of(lines, scene, arm), key, colour, LABELS[arm], ls=dashes)
+                style.band(ax, of(lines, scene, arm), key, colour, LABELS[arm], ls=dashes)
             seeds = len({line["seed"] for line in of(lines, scene, "grpo")})
             title = f"{SCENES[scene][4]} ($\\lambda$ = {SCENES[scene][3]:g}, {seeds} seeds)"
-            common.style(ax, xlabel="step", ylabel=label, ylim=(0, 1.02))
+            style.axes(ax, xlabel="step", ylabel=label, ylim=(0, 1.02))
             ax.set_title(title, fontsize=12)
         handles = axes[0, 0].get_legend_handles_labels()
         fig.legend(*handles, loc="lower center", ncols=3, frameon=False, fontsize=10)
@@ -148,17 +150,17 @@ def draw(lines: list[dict]) -> None:
 
 def area(lines: list[dict], key: str) -> dict[int, float]:
     """Mean over the curve, every evaluation after step 0 up to CONTROL_STEPS: one number a seed."""
-    return common.by_seed([line for line in lines if 0 < line["step"] <= CONTROL_STEPS], key)
+    return stats.by_seed([line for line in lines if 0 < line["step"] <= CONTROL_STEPS], key)
 
 
 def peak_step(lines: list[dict], grpo: list[dict]) -> dict[int, float]:
     """seed -> (first step at which this arm reaches GRPO's best pass rate) / (GRPO's own first such step)."""
     ratios = {}
     for seed in {line["seed"] for line in lines} & {line["seed"] for line in grpo}:
-        own = common.pick(grpo, seed=seed)
+        own = stats.pick(grpo, seed=seed)
         best = max(line["pass_rate"] for line in own)
         first = [min((x["step"] for x in curve if x["pass_rate"] >= best), default=None)
-                 for curve in (common.pick(lines, seed=seed), own)]  # fmt: skip
+                 for curve in (stats.pick(lines, seed=seed), own)]  # fmt: skip
         if first[0] is not None and first[1]:
             ratios[seed] = first[0] / first[1]
     return ratios
@@ -174,29 +176,29 @@ def table(lines: list[dict], scene: str) -> None:
         mine = of(lines, scene, arm)
         if not mine:
             continue
-        cells = [list(common.by_seed(mine, "pass_rate", step=s).values()) for s in (25, 50, 75, 100, 150)]
+        cells = [list(stats.by_seed(mine, "pass_rate", step=s).values()) for s in (25, 50, 75, 100, 150)]
         cells += [list(area(mine, "pass_rate").values())]
-        cells += [common.paired(area(grpo, "pass_rate"), area(mine, "pass_rate"))]
+        cells += [stats.paired(area(grpo, "pass_rate"), area(mine, "pass_rate"))]
         cells += [list(area(mine, "pass_rate_greedy").values())]
-        cells += [list(common.by_seed(mine, "pass_at_8").values())]
+        cells += [list(stats.by_seed(mine, "pass_at_8").values())]
         ratios = peak_step(mine, grpo)
         cells += [list(ratios.values())]
         steps = max(line["step"] for line in mine)
-        first, last = (common.by_seed(mine, "observation_ce", step=s) for s in (0, steps))
+        first, last = (stats.by_seed(mine, "observation_ce", step=s) for s in (0, steps))
         cells += [[last[seed] / first[seed] for seed in last]]
         reached = f" ({len(ratios)} of {len({x['seed'] for x in mine})})"
-        texts = [common.interval(cell) for cell in cells]
+        texts = [stats.interval(cell) for cell in cells]
         texts[9] += reached
         print(f"| {LABELS[arm]} | " + " | ".join(texts) + " |")
     for echo in ("echo", "echo 0.05"):
         for control in LABELS:
             same_lambda = control.endswith("0.05") == echo.endswith("0.05")
             pair = [area(of(lines, scene, arm), "pass_rate") for arm in (control, echo)]
-            if control not in MAIN and same_lambda and (differences := common.paired(*pair)):
-                print(f"\n{LABELS[echo]} minus {LABELS[control]}, paired: {common.interval(differences)}")
+            if control not in MAIN and same_lambda and (differences := stats.paired(*pair)):
+                print(f"\n{LABELS[echo]} minus {LABELS[control]}, paired: {stats.interval(differences)}")
     floors = [line["observation_ce"] for line in of(lines, scene, "floor")]
     bases = [line["observation_ce"] for line in grpo if line["step"] == 0]
-    print(f"\nobservation CE: base {common.interval(bases)}, supervised floor {common.interval(floors)}")
+    print(f"\nobservation CE: base {stats.interval(bases)}, supervised floor {stats.interval(floors)}")
 
 
 if __name__ == "__main__":

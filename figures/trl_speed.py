@@ -17,6 +17,7 @@ from statistics import median
 
 import common
 import numpy as np
+import stats
 import torch
 import trl_echo
 from transformers import PrinterCallback, TrainerCallback
@@ -173,13 +174,13 @@ def table(lines: list[dict]) -> None:
     print(f"| turns | side | step, s | rollout | update | {named} | sampled tokens | observed tokens |")
     print("|--:|---|" + 10 * "--:|")
     for side in (OURS, *AGENTS, FLOOR):
-        mine, ours = (common.pick(lines, side=s) for s in (side, OURS))
+        mine, ours = (stats.pick(lines, side=s) for s in (side, OURS))
         if mine:
             values = [[line[key] for line in mine] for key in ratios[:3]]
             values += [[a[key] / b[key] for a, b in zip(mine, ours, strict=True)] for key in ratios]
             tokens = [f"{median(x[f'{r}_tokens'] for x in mine):.0f}" for r in ("action", "observation")]
             print("|", " | ".join([str(mine[0]["max_turns"]), side, *map(shown, values), *tokens]), "|")
-    step = {s: [x["step_seconds"] for x in common.pick(lines, side=s)] for s in (OURS, "TRL", FLOOR)}
+    step = {s: [x["step_seconds"] for x in stats.pick(lines, side=s)] for s in (OURS, "TRL", FLOOR)}
     rounds = list(zip(*step.values(), strict=True))
     apart = [[(t - floor) / (o - floor) for o, t, floor in rounds], [t / floor for _, t, floor in rounds]]
     print(f"\nTRL / ours, both without what the terminals take: {shown(apart[0])}")

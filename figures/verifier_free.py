@@ -10,6 +10,8 @@ from dataclasses import replace
 import common
 import learning_curves
 import matplotlib.pyplot as plt
+import stats
+import style
 
 import train
 from echo_min import checkpoint
@@ -28,10 +30,10 @@ FAMILIES = {
     "ambient": "output does not follow from the command",
 }
 ARMS = {  # name -> (start, control, settings, colour, label)
-    "echo": ("echo", "", {}, common.COLOURS["echo"], "from ECHO"),
+    "echo": ("echo", "", {}, style.COLOURS["echo"], "from ECHO"),
     "parsed": ("echo", "", {"parsed_only": True}, "#e8a0a8", "from ECHO, parsed ones only (one seed)"),
-    "grpo": ("grpo", "", {}, common.COLOURS["grpo"], "from GRPO"),
-    "placebo": ("echo", "placebo_words", {}, common.COLOURS["placebo"], "from ECHO, telling words exchanged"),
+    "grpo": ("grpo", "", {}, style.COLOURS["grpo"], "from GRPO"),
+    "placebo": ("echo", "placebo_words", {}, style.COLOURS["placebo"], "from ECHO, telling words exchanged"),
 }
 
 
@@ -84,8 +86,8 @@ def draw(lines: list[dict]) -> None:
     for ax, (family, title) in zip(axes, FAMILIES.items(), strict=True):
         for name, (*_, colour, label) in ARMS.items():
             mine = [line for line in lines if line["key"].startswith(f"{family}/{name}/")]
-            common.band(ax, mine, "pass_rate", colour, label, ls="--" if name == "placebo" else "-")
-        common.style(ax, xlabel="step without a reward", ylabel="pass rate, held-out tasks", ylim=(0, 1.02))
+            style.band(ax, mine, "pass_rate", colour, label, ls="--" if name == "placebo" else "-")
+        style.axes(ax, xlabel="step without a reward", ylabel="pass rate, held-out tasks", ylim=(0, 1.02))
         ax.set_title(f"{family}: {title}", fontsize=10)
     handles = axes[0].get_legend_handles_labels()
     fig.legend(*handles, loc="lower center", ncols=2, frameon=False, fontsize=9)
@@ -102,12 +104,12 @@ def table(lines: list[dict]) -> None:
             mine = [line for line in lines if line["key"].startswith(f"{family}/{name}/")]
             if not mine:
                 continue
-            first, early, last = (common.by_seed(mine, "pass_rate", step=step) for step in (0, 20, STEPS))
+            first, early, last = (stats.by_seed(mine, "pass_rate", step=step) for step in (0, 20, STEPS))
             cells = [list(rates.values()) for rates in (first, early, last)]
-            cells += [common.paired(first, early), common.paired(first, last)]
+            cells += [stats.paired(first, early), stats.paired(first, last)]
             for step in (0, STEPS):
-                cells.append(list(common.by_seed(mine, "pass_rate_trained", step=step).values()))
-            print(f"| {family} | {label} | " + " | ".join(map(common.interval, cells)) + " |")
+                cells.append(list(stats.by_seed(mine, "pass_rate_trained", step=step).values()))
+            print(f"| {family} | {label} | " + " | ".join(map(stats.interval, cells)) + " |")
 
 
 if __name__ == "__main__":

@@ -28,10 +28,13 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts in figures/ import train and echo_min
 
 import controls  # noqa: E402
+import probes  # noqa: E402
 
 import train  # noqa: E402
-from echo_min import report  # noqa: E402
+from echo_min import checkpoint, report  # noqa: E402
+from echo_min.checkpoint import load_policy  # noqa: E402
 from echo_min.config import Config  # noqa: E402
+from echo_min.evaluate import expert_transcripts  # noqa: E402
 from echo_min.machine import on_this_machine  # noqa: E402
 from echo_min.sft import make_base  # noqa: E402
 from echo_min.tasks import World  # noqa: E402
@@ -52,7 +55,8 @@ FROZEN = {  # settings as they were when digests began: a default may change, th
     "beta2": 0.95, "weight_decay": 0.01, "grad_clip": 1.0, "micro_batch_tokens": 2048, "eval_every": 25,
     "eval_tasks": 100, "save_every": 1,
 }  # fmt: skip
-MEANS = "reward", "command_diversity", "trivial_failures", "true_targets", "warning_tokens"  # over steps
+MEANS = """reward command_diversity trivial_failures true_targets warning_tokens valid
+    right""".split()  # over steps; valid, right: of world gnu's words
 # what says where and how a run is made; model: of every experiment a base that its other settings name
 PLACE = """name model device threads allow_network tracker prefill_tokens logit_mb
     gradient_checkpointing""".split()
@@ -85,29 +89,47 @@ def base(config: Config, seed: int) -> Path:
 
 
 def train_run(key: str, arm: str, control: str, config: Config) -> list[dict]:
-    """Train one arm, or what is left of it. -> a line an evaluation, with means of the steps before."""
+    """Train one arm, or what is left of it. -> a line an evaluation, with means of the steps before, and the
+    lines of the small evaluations between them (probes.py)."""
     folder = RUNS / key
-    run = replace(config, name=key.replace("/", "-"), arms=arm, control=control)
-    train.main(run, folder, control=controls.named(control))
+    run = replace(config, name=key.replace("/", "-"), arms=arm, control=control or "probes")
+    world = world_of(config)
+    train.main(run, folder, control=probes.watched(controls.named(control), world, config))
     about = {"key": key, "config": digest(config), "world": config.tasks.removeprefix("world:"), "arm": arm}
     about |= {"control": control} if control else {}
     about |= {"env_weight": config.env_weight if arm != "grpo" else 0.0, "seed": config.seed}
-    lines, since = [], []
-    for r in report.read(folder / "metrics.jsonl"):
+    records = report.read(folder / "metrics.jsonl")
+    probed = {r["probe"]["step"]: r["probe"] for r in records if "probe" in r}
+    probed[config.steps] = last_probe(folder / arm, world, config)
+    lines, since = {step: about | numbers for step, numbers in probed.items()}, []
+    for r in records:
         if "reward" in r:
             since.append(r)
         if "pass_rate" in r:
-            line = about | {"step": r["step"], "pass_rate": r["pass_rate"], "tasks": r["eval_tasks"]}
+            line = lines.setdefault(r["step"], about | {"step": r["step"]})
+            line |= {"pass_rate": r["pass_rate"], "tasks": r["eval_tasks"]}
             line |= {"pass_rate_greedy": r["pass_rate_greedy"], "observation_ce": r["expert_ce"]}
-            for name in MEANS:
-                if values := [s[name] for s in since if name in s]:
-                    line[name] = round(fmean(values), 5)
-            if since:
-                line["clipped"] = round(fmean(s["grad_norm"] > config.grad_clip for s in since), 5)
-                line["no_advantage"] = round(fmean(s["learning_share"] == 0 for s in since), 5)
-            lines.append(line)
+            line |= means(since, config)
             since = []
-    return lines
+    return [lines[step] for step in sorted(lines)]
+
+
+def means(steps: list[dict], config: Config) -> dict[str, float]:
+    """Over the steps since the last evaluation; clipped: share of them whose gradient was clipped;
+    no_advantage: share without a group of both passes and failures."""
+    found = {name: [s[name] for s in steps if name in s] for name in MEANS}
+    found["clipped"] = [s["grad_norm"] > config.grad_clip for s in steps]
+    found["no_advantage"] = [s["learning_share"] == 0 for s in steps]
+    return {name: round(fmean(values), 5) for name, values in found.items() if values}
+
+
+def last_probe(arm: Path, world: World, config: Config) -> dict:
+    """Of the policy after the last step, which no step follows."""
+    config = on_this_machine(config)
+    model, tokenizer = load_policy(checkpoint.latest(arm)[1], config.device, config.dtype)
+    expert = expert_transcripts(tokenizer, world, config)
+    numbers = probes.probe(model, tokenizer, world, expert, config.steps, config)
+    return {"step": config.steps} | numbers
 
 
 def load(experiment: str, jobs: Jobs) -> list[dict]:

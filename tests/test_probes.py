@@ -1,0 +1,138 @@
+"""What experiments ask a policy: each number against one that is computed another way."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from echo_min import harness
+from echo_min.config import Config
+from echo_min.evaluate import expert_transcripts
+from echo_min.masking import Role, Transcript, encode
+from echo_min.tiny import tiny_model, tiny_tokenizer
+from echo_min.worlds.registry import load_tasks
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "figures"))
+
+import gnu_words
+import probes
+
+WORDS = ["tk carve -q bold acorn", "usage: tk carve -q bold FILE", "load: 12ab", "ok acorn"] * 20
+
+
+def transcript(tokenizer, *segments):
+    made = Transcript()
+    for role, text in segments:
+        ids = encode(tokenizer, role, text)
+        if role is Role.ACTION:
+            ids.append(tokenizer.convert_tokens_to_ids(harness.END))
+            made.append(role, ids, [0.0] * len(ids))
+        else:
+            made.append(role, ids)
+    return made
+
+
+def policy(texts):
+    tokenizer = tiny_tokenizer(texts)
+    return tiny_model(tokenizer, 1), tokenizer
+
+
+def one_hot_logprob(model, ids, position):
+    logits = model(torch.tensor([ids])).logits[0, position - 1].float()
+    return logits.log_softmax(-1)[ids[position]].item()
+
+
+def test_a_token_is_of_the_word_it_is_part_of():
+    _, tokenizer = policy(WORDS)
+    telling = "-q", "bold", "-x", "'size'"
+    call, usage = "tk carve -x cold acorn", "usage: tk carve -q bold FILE\n  - 'size'"
+    first = (Role.PROMPT, "carve acorn"), (Role.ACTION, call), (Role.OBSERVATION, usage)
+    second = (Role.ACTION, "tk carve --sort=-q bold"), (Role.OBSERVATION, "-q bold carve")
+    made = transcript(tokenizer, *first, (Role.SCAFFOLD, "exit 2"), *second)
+    by_kind = {kind: "" for kind in probes.KINDS}
+    found = probes.kinds(tokenizer, made, telling)
+    assert sorted(found) == [t for t, role in enumerate(made.roles) if role == Role.OBSERVATION]
+    for position in sorted(found):
+        by_kind[found[position]] += tokenizer.decode([made.ids[position]])
+    words = {kind: text.split() for kind, text in by_kind.items()}
+    assert words["echoed"] == ["tk", "carve-q", "bold", "carve"]  # both outputs, one after the other
+    assert words["telling"] == ["-q", "boldsize"]
+    assert "usage:" in words["template"][0] and "FILE" in by_kind["template"]
+
+
+def test_ce_by_kind_adds_up_and_ratio_is_the_difference_of_two_passes():
+    model, tokenizer = policy(WORDS)
+    config, telling = Config(), ("-q", "bold")
+    made = [
+        transcript(tokenizer, (Role.PROMPT, "carve acorn"), (Role.ACTION, call), (Role.OBSERVATION, says))
+        for call, says in [("tk carve -x bold acorn", "usage: tk carve -q bold FILE"), ("done", "ok acorn")]
+    ]
+    made.append(transcript(tokenizer, (Role.PROMPT, "carve acorn"), (Role.ACTION, "done")))  # prints nothing
+    ces, nats = probes.ce_by_kind(model, tokenizer, made, telling, config), {}
+    pairs, told = [], []
+    for n, t in enumerate(made[:2]):
+        of = probes.kinds(tokenizer, t, telling)
+        end = t.roles.index(Role.OBSERVATION)
+        begin = t.roles.index(Role.ACTION)
+        other = made[1 - n]
+        command = [i for i, role in zip(other.ids, other.roles, strict=True) if role == Role.ACTION]
+        ids = t.ids[:begin] + command + t.ids[end:]
+        for position, kind in of.items():
+            true = one_hot_logprob(model, t.ids, position)
+            nats.setdefault(kind, []).append(-true)
+            pairs.append(true - one_hot_logprob(model, ids, position + len(ids) - len(t.ids)))
+            told.append(kind == "telling")
+    for kind, values in nats.items():
+        assert ces[f"ce_{kind}"] == pytest.approx(sum(values) / len(values), abs=1e-5)
+    found = probes.log_ratios(model, tokenizer, made, telling, config)
+    assert found["log_ratio"] == pytest.approx(sum(pairs) / len(pairs), abs=1e-5)
+    of_words = [pair for pair, tells in zip(pairs, told, strict=True) if tells]
+    assert found["log_ratio_telling"] == pytest.approx(sum(of_words) / len(of_words), abs=1e-5)
+    assert abs(found["log_ratio"]) > 1e-4
+
+
+def test_warnings_are_scored_alone():
+    _, tokenizer = policy(WORDS)
+    made = transcript(tokenizer, (Role.OBSERVATION, "ok"), (Role.WARNING, "cut"), (Role.SCAFFOLD, "x"))
+    roles = probes.only_warnings(made).roles
+    assert [r == Role.OBSERVATION for r in roles] == [r == Role.WARNING for r in made.roles]
+    assert any(r == Role.OBSERVATION for r in roles)
+
+
+@pytest.fixture(scope="module")
+def gnu():
+    settings = {"max_turns": 1, "max_action_tokens": 16, "output_chars": 320, "context": 160}
+    config = Config(tasks="world:gnu", eval_tasks=60, eval_every=5, **settings)
+    world = load_tasks(config.tasks, False, 1)
+    texts = [text for task in world.train for text in (task.instruction, task.solution)]
+    return *policy(texts), world, config
+
+
+def test_word_slots_are_exact_probabilities(gnu):
+    model, tokenizer, world, config = gnu
+    found = probes.word_slots(model, tokenizer, world, config)
+    goals = {}
+    for task in world.held_out:  # of a verb its last task there
+        goals[task.instruction.split()[2]] = task
+    total = 0.0
+    for task in goals.values():
+        call, *_, goal = gnu_words.slots(task)
+        ids = [i for role, text in harness.prompt(task) for i in encode(tokenizer, role, text)]
+        ids += encode(tokenizer, Role.SCAFFOLD, call)
+        word = encode(tokenizer, Role.ACTION, goal)
+        total += math.exp(sum(one_hot_logprob(model, ids + word, len(ids) + n) for n in range(len(word))))
+    assert found["slot_goal"] == pytest.approx(total / len(goals), rel=1e-4)
+    assert 0 < found["slot_goal"] < found["slot_first"] + found["slot_others"] < 1
+
+
+def test_a_probe_of_a_real_policy_holds_every_number(gnu):
+    model, tokenizer, world, config = gnu
+    expert = expert_transcripts(tokenizer, world, config)
+    full = probes.probe(model, tokenizer, world, expert, 5, config)
+    small = probes.probe(model, tokenizer, world, expert, 4, config)
+    assert set(small) == {"pass_rate_few", "turns", "action_tokens", "timeouts"}
+    slots = {"slot_first", "slot_others", "slot_refused", "slot_goal"}
+    ces = {"ce_echoed", "ce_telling", "ce_template"}
+    assert set(full) - {"ce_warnings"} == set(small) | slots | ces | {"log_ratio", "log_ratio_telling"}

@@ -10,9 +10,10 @@ batch.ids itself: by that train.update knows what the terminal wrote. Numbers pu
 the step's line in metrics.jsonl. All randomness is from `noise`, so that a resumed run repeats it.
 """
 
+import random
 import sys
-from dataclasses import replace
-from functools import partial
+from dataclasses import astuple, fields, replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -23,8 +24,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
 from echo_min import cli
-from echo_min.batch import Batch
-from echo_min.config import RunEnded
+from echo_min.batch import Batch, make_batch
+from echo_min.config import Config, RunEnded
+from echo_min.masking import Role
+from echo_min.rollout import Episode
+from echo_min.sft import record
+from echo_min.worlds.registry import load_tasks
 from train import Context
 
 PATIENCE = 10  # batches at the start of a run, one of which a control must change
@@ -113,10 +118,57 @@ def outputs(mask: Tensor) -> list[tuple[int, int, int]]:
     return [(b, first, end) for (b, first), (_, end) in zip(firsts, ends, strict=True)]
 
 
+def elsewhere(batch: Batch, context: Context) -> Batch:
+    """As many tokens of usage lines, but of verbs that no task asks for, in rows of their own: as learnable,
+    as many facts, and none that helps. Nothing of the batch's own outputs is predicted.
+
+    Raises ValueError in worlds without other verbs."""
+    pool, generator = calls_elsewhere(context.tokenizer, astuple(context.config)), noise(context)
+    left, chosen = int(batch.observation_mask.sum()), []
+    if not left:
+        return batch
+    while left > sum(episode.transcript.count(Role.OBSERVATION) for episode in chosen):
+        chosen.append(pool[int(torch.randint(len(pool), (), generator=generator))])
+    other = make_batch(chosen, context.config)
+    marked = other.observation_mask.nonzero()  # [N, 2]
+    other.observation_mask[tuple(marked[left:].T)] = False  # of the last row, what is too much
+    other = replace(
+        other,
+        action_mask=torch.zeros_like(other.action_mask),
+        action_weights=torch.zeros_like(other.action_weights),
+        observation_weights=other.observation_mask * (batch.observation_weights.sum() / left),
+        advantages=torch.zeros_like(other.advantages),
+    )
+    none = torch.zeros_like(batch.observation_mask)
+    own = replace(batch, observation_mask=none, observation_weights=none.float())
+    joined = {f.name: below(getattr(own, f.name), getattr(other, f.name)) for f in fields(Batch)}
+    return Batch(**joined | {"targets": joined["ids"].clone()})  # not what the terminal told these tasks
+
+
+def below(upper: Tensor, lower: Tensor) -> Tensor:
+    """[B, ...] and [C, ...] -> [B + C, ...], the narrower one padded with zeros on the right."""
+    if upper.dim() == 2:
+        T = max(upper.shape[1], lower.shape[1])
+        upper, lower = (F.pad(part, (0, T - part.shape[1])) for part in (upper, lower))
+    return torch.cat([upper, lower])
+
+
+@cache
+def calls_elsewhere(tokenizer, settings: tuple) -> list[Episode]:
+    """Wrong calls of verbs of another family. settings: a Config's, in order."""
+    config = Config(*settings)
+    world = load_tasks(f"{config.tasks},family=linked", False, config.seed)
+    rng = random.Random(f"elsewhere {config.seed}")
+    scripts = [(task, world.expert(task, rng)[:1]) for task in world.train]
+    wrong = [(task, commands) for task, commands in scripts if commands != [task.solution]]
+    return record(tokenizer, wrong, replace(config, max_turns=1))
+
+
 CONTROLS = {
     "placebo": placebo,  # tokens in random order
     "placebo_words": placebo_words,  # telling words exchanged
     "placebo_outputs": placebo_outputs,  # outputs exchanged
+    "elsewhere": elsewhere,  # usage lines of verbs that no task asks for
 }
 
 

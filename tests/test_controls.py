@@ -22,6 +22,7 @@ from echo_min.optimizer import make_optimizer  # noqa: E402
 from echo_min.rollout import Episode, StopReason  # noqa: E402
 from echo_min.tasks import Task  # noqa: E402
 from echo_min.worlds.registry import load_tasks  # noqa: E402
+from echo_min.worlds.tool import VERBS  # noqa: E402
 
 CONFIG = Config(seed=3, device="cpu", arms="echo", env_weight=1.0)
 OUTPUTS = [["usage: tk align -k FILE\n", "ok acorn\n"], ["usage: tk align -z FILE\n"], ["load: zk-z\n"], []]
@@ -145,6 +146,29 @@ def test_placebo_outputs_never_draws_an_equal_output(tokenizer, context):
         assert said[:7] == ["ok acorn done\n"[: len(said[0])]] * 7 and said[7].startswith("usage:")
 
 
+def test_elsewhere_predicts_as_many_tokens_of_other_verbs_and_leaves_the_actions(tokenizer, context, batch):
+    after = controls.elsewhere(batch, context)
+    B, T = batch.ids.shape
+    own = [(name, value, getattr(after, name)[:B]) for name, value in vars(batch).items()]
+    for name, before, now in own:
+        same = now[:, :T] if now.dim() == 2 else now
+        if name.startswith("observation_"):
+            assert not now.any()
+        else:
+            assert torch.equal(before, same) and (now.dim() == 1 or not now[:, T:].any()), name
+    assert len(after) > B and not after.action_mask[B:].any() and not after.action_weights[B:].any()
+    assert not after.advantages[B:].any() and after.targets is not after.ids
+    assert torch.equal(after.targets, after.ids)
+    assert after.observation_mask.sum() == batch.observation_mask.sum()
+    assert after.observation_weights.sum().item() == pytest.approx(batch.observation_weights.sum().item())
+    printed = " ".join(texts(tokenizer, after))
+    verbs = [verb for verb in VERBS["linked"] if verb in printed]
+    assert verbs and "usage: tk" in printed and not any(verb in printed for verb in VERBS["train"])
+    again, other = controls.elsewhere(batch, context), controls.elsewhere(batch, replace(context, step=6))
+    assert torch.equal(again.ids, after.ids)
+    assert other.ids.shape != after.ids.shape or not torch.equal(other.ids, after.ids)
+
+
 def test_a_loss_over_exchanged_outputs_has_echos_weight(tokenizer, model, context, batch):
     """Under a uniform policy the loss is log V times the total weight, whatever the targets are."""
     with torch.no_grad():
@@ -180,7 +204,7 @@ def test_metrics_on_false_targets_have_another_name(model, tokenizer):
 
 @pytest.mark.parametrize("name", controls.CONTROLS)
 def test_a_batch_with_nothing_to_change_comes_back_itself(name, tokenizer, context):
-    for outputs in ([[], []], [["ok\n"[:2]], []]):
+    for outputs in ([[], []], [["ok"], []])[: 1 if name == "elsewhere" else 2]:
         batch = make(tokenizer, outputs)
         assert controls.CONTROLS[name](batch, context) is batch
     assert context.metrics == {}

@@ -75,8 +75,8 @@ def kinds(tokenizer, transcript: Transcript, telling: tuple[str, ...]) -> dict[i
     tells, found = {word.strip("'\"") for word in telling}, {}
     actions = runs_of(transcript, Role.ACTION)
     for first, end in runs_of(transcript, Role.OBSERVATION):
-        begin, stop = max(span for span in actions if span[1] <= first)
-        command = tokenizer.decode(transcript.ids[begin : stop - 1])
+        begin, close = max(span for span in actions if span[1] <= first)
+        command = tokenizer.decode(transcript.ids[begin : close - 1])
         echoes = {word.strip("'\"") for word in re.split(r"[\s=]", command)}
         text, spans = "", []
         for i in transcript.ids[first:end]:

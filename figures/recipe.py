@@ -88,13 +88,13 @@ def draw(lines: list[dict]) -> None:
     ranked = sorted(cells(lines).items(), key=lambda cell: -fmean(map(curve, cell[1].values())))
     for key, runs in sorted(ranked, key=lambda cell: (cell[0].split("/")[:2], len(cell[1]))):
         world, arm, rate, warmup, groups, weight = key.split("/")
-        row = [world, arm, rate, warmup, groups, weight if arm == "echo" else "–"]
-        row += [stats.interval([curve(run) for run in runs.values()])]
-        row += [stats.interval([run[-1]["pass_rate"] for run in runs.values()])]
-        row += [f"{sum(map(lost, runs.values()))} of {len(runs)}"]
+        texts = [world, arm, rate, warmup, groups, weight if arm == "echo" else "–"]
+        texts += [stats.interval([curve(run) for run in runs.values()])]
+        texts += [stats.interval([run[-1]["pass_rate"] for run in runs.values()])]
+        texts += [f"{sum(map(lost, runs.values()))} of {len(runs)}"]
         for name in ("clipped", "no_advantage"):
-            row += [f"{fmean(line[name] for run in runs.values() for line in run if name in line):.2f}"]
-        print(f"| {' | '.join(row)} |")
+            texts += [f"{fmean(line[name] for run in runs.values() for line in run if name in line):.2f}"]
+        print(f"| {' | '.join(texts)} |")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class EchoTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)  # puts rollout_func's own fields into inputs
-        roles = [torch.tensor(row["roles"]) for row in inputs]
+        roles = [torch.tensor(one["roles"]) for one in inputs]
         padded = pad_sequence(roles, batch_first=True, padding_value=int(Role.SCAFFOLD))
         return batch | {
             "env_weights": observation_weights(padded, observation_mask(padded))
@@ -92,8 +92,8 @@ class GenerateOn:
         where = {"attention_mask": mask, "past_key_values": self.cache}
         self.ids = model.generate(input_ids=ids, generation_config=config, **where)
         new = self.ids[:, ids.shape[1] :]
-        stop = torch.isin(new, torch.tensor(self.trainer.eos_token_ids)).long()
-        alive = stop.cumsum(1) - stop == 0  # up to the first stop and with it
+        ended = torch.isin(new, torch.tensor(self.trainer.eos_token_ids)).long()
+        alive = ended.cumsum(1) - ended == 0  # up to the first end and with it
         self.mask = torch.cat([mask, alive.long()], 1)
         replies = [row[live].tolist() for row, live in zip(new, alive, strict=True)]
         return [(ids, [0.0] * len(ids)) for ids in replies]

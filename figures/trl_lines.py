@@ -28,7 +28,7 @@ PACKAGES = "trl", "transformers", "accelerate"
 
 
 def watch(codes: set[CodeType] | None) -> None:
-    """From here on note the code of each function that is entered, in new threads too; or stop."""
+    """From here on note the code of each function that is entered, in new threads too; or no longer."""
     while bubblewrap._kept:  # both sides open their terminals anew
         bubblewrap._kept.pop().close()
 

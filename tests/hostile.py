@@ -1,7 +1,7 @@
 """Hostile commands: what each tries, and what must come of it. Every backend's tests run this table.
 
-A row is (what it tries, command, must). `must` is a regex that the output has to match, TIMEOUT (it runs into
-the time limit), or ANY: whatever is printed, it ends in time. In every case the episode's reward stays 0, the
+An attack is (what it tries, command, must). `must` is a regex that the output has to match, TIMEOUT (it runs
+into the time limit), or ANY: whatever is printed, it ends in time. In every case the episode's reward stays 0, the
 host keeps its files, processes and secrets, and nothing is left running. {port}: a port on which the host
 listens on loopback; {secret}: a file of the host that any user may read; the host's environment holds
 HOST_SECRET.
@@ -20,7 +20,7 @@ from echo_min.terminal import TerminalDied, open_terminal
 
 TIMEOUT, ANY = "TIMEOUT", ""
 
-ROWS = [
+ATTACKS = [
     # ---- take all there is ----
     ("fork bomb", ":(){ :|:& };:", ANY),
     ("fork bomb, named and waiting", "bomb() { bomb | bomb & }; bomb; sleep 60", TIMEOUT),
@@ -153,9 +153,9 @@ class Host:
         return self.state() == self.before and not self.calls
 
 
-def survive(host, row, backend="sandbox"):
-    """Run one row. -> what went wrong, "" if nothing did."""
-    _, command, must = row
+def survive(host, attack, backend="sandbox"):
+    """Run one attack. -> what went wrong, "" if nothing did."""
+    _, command, must = attack
     port = str(host.server.getsockname()[1])
     command = command.replace("{port}", port).replace("{secret}", str(host.secret))
     problems = []

@@ -17,7 +17,7 @@ from pathlib import Path
 import docker
 import pytest
 from base_image import NAME, make_base_image
-from hostile import ANY, ROWS, survive
+from hostile import ANY, ATTACKS, survive
 from test_hostile import host  # noqa: F401
 from test_sandbox import (  # noqa: F401, tests that hold for every backend
     COMMANDS,
@@ -91,12 +91,14 @@ def wait_until(holds, seconds=20.0):
     return holds()
 
 
-def harbor(folder, test="echo 1 > /logs/verifier/reward.txt", settings="", **limits):
+def harbor(folder, test="echo 1 > /logs/verifier/reward.txt", environment="", **limits):
     """A task whose image is the base image itself; its agent is root."""
     (folder / "tests").mkdir(parents=True, exist_ok=True)
     (folder / "tests/test.sh").write_text(test)
     (folder / "instruction.md").write_text("do it")
-    (folder / "task.toml").write_text(f'version = "1.0"\n[environment]\ndocker_image = "{NAME}"\n{settings}')
+    (folder / "task.toml").write_text(
+        f'version = "1.0"\n[environment]\ndocker_image = "{NAME}"\n{environment}'
+    )
     task = harbor_task(folder)
     return replace(task, limits=replace(task.limits, **{"command_seconds": 5.0, **limits}))
 
@@ -115,15 +117,15 @@ def test_commands_and_limits(terminal):  # noqa: F811
 
 
 def test_a_container_is_confined(open_here, tmp_path):
-    with open_here(harbor(tmp_path, settings="cpus = 0.5\nmemory_mb = 300")) as terminal:  # noqa: F811
-        settings = docker.from_env().api.inspect_container(terminal._id)
-        host = settings["HostConfig"]
-        assert (host["Privileged"], host["NetworkMode"], host["Binds"], settings["Mounts"]) == (
+    with open_here(harbor(tmp_path, environment="cpus = 0.5\nmemory_mb = 300")) as terminal:  # noqa: F811
+        inspected = docker.from_env().api.inspect_container(terminal._id)
+        host = inspected["HostConfig"]
+        assert (host["Privileged"], host["NetworkMode"], host["Binds"], inspected["Mounts"]) == (
             False, "none", None, [],
         )  # fmt: skip
         assert host["Memory"] == host["MemorySwap"] == 300 * 2**20 and host["NanoCpus"] == 5 * 10**8
         assert host["PidsLimit"] and "no-new-privileges:true" in host["SecurityOpt"]
-        assert settings["Config"]["Labels"][docker_engine.LABEL] == docker_engine.this_run()
+        assert inspected["Config"]["Labels"][docker_engine.LABEL] == docker_engine.this_run()
         looks = f"""id -u; grep NoNewPrivs /proc/self/status
             ls -d {REPO} /var/run/docker.sock /dev/sda /dev/vda
             mount -t tmpfs none /tmp; echo 1 > /proc/sys/kernel/panic; mknod /dev/x b 254 0 && cat /dev/x
@@ -144,8 +146,8 @@ def test_episodes_see_nothing_of_each_other(open_here, tmp_path):
 
 def test_a_network_takes_the_task_and_the_flag(tmp_path):
     asks, offline = tmp_path / "asks", tmp_path / "offline"
-    harbor(asks, settings="allow_internet = true")
-    harbor(offline, settings='network_mode = "no-network"')
+    harbor(asks, environment="allow_internet = true")
+    harbor(offline, environment='network_mode = "no-network"')
     assert [harbor_task(f, True).environment.network for f in (asks, offline)] == [True, False]
     assert not harbor_task(asks).environment.network
     with open_terminal(harbor_task(asks, True), "docker") as terminal:  # noqa: F811
@@ -161,7 +163,7 @@ def test_a_network_takes_the_task_and_the_flag(tmp_path):
 
 
 def test_memory_and_processes_end_within_their_limits(open_here, tmp_path):
-    task = harbor(tmp_path, settings="memory_mb = 128", processes=200)
+    task = harbor(tmp_path, environment="memory_mb = 128", processes=200)
     with open_here(task) as terminal:  # noqa: F811
         eaten = terminal.run("head -c 1G /dev/zero | tail")
         assert eaten.exit_code != 0 and not eaten.timed_out
@@ -312,8 +314,8 @@ def test_the_verifier_gets_its_files_environment_and_folder(open_here, tmp_path)
         $(stat -c %a /tests/data) == 644 &&
         $(sha256sum < /tests/data) == $(printf '\\000\\377\\n' | sha256sum) && -e done ]] || exit
         echo 1 > /logs/verifier/reward.txt"""
-    settings = 'workdir = "/srv"\nenv = {E = "f"}\n[verifier]\nenv = {A = "b"}'
-    task = harbor(tmp_path, test, settings)
+    environment = 'workdir = "/srv"\nenv = {E = "f"}\n[verifier]\nenv = {A = "b"}'
+    task = harbor(tmp_path, test, environment)
     (tmp_path / "tests/data").write_bytes(b"\0\xff\n")
     (tmp_path / "tests/data").chmod(0o600)
     (tmp_path / "tests/deep").mkdir()
@@ -406,8 +408,9 @@ ON_DISK = "full work folder", "full /tmp", "sparse file"  # not refused here; se
 
 @pytest.mark.slow
 def test_hostile_commands(host):  # noqa: F811
-    rows = [(name, command, ANY if name in ON_DISK else must) for name, command, must in ROWS]
-    problems = [f"{row[0]}: {problem}" for row in rows if (problem := survive(host, row, "docker"))]
+    attacks = [(name, command, ANY if name in ON_DISK else must) for name, command, must in ATTACKS]
+    found = [(name, survive(host, (name, *rest), "docker")) for name, *rest in attacks]
+    problems = [f"{name}: {problem}" for name, problem in found if problem]
     assert problems == []
 
 

@@ -112,8 +112,8 @@ def test_eval_plays_what_the_policy_was_not_trained_on(finished, tmp_path, capsy
 
 
 def test_eval_with_an_oracle_and_without(tmp_path, capsys):
-    settings = '[solution]\nenv = {K = "a b"}'
-    harbor(tmp_path / "set" / "one", "[[ -e /done ]]; echo $((!$?)) > /logs/verifier/reward.txt", settings)
+    environment = '[solution]\nenv = {K = "a b"}'
+    harbor(tmp_path / "set" / "one", "[[ -e /done ]]; echo $((!$?)) > /logs/verifier/reward.txt", environment)
     flags = ["--tasks", str(tmp_path / "set"), "--backend", "docker"]
     with pytest.raises(SystemExit, match="no solution for an oracle to run: one"):
         eval.cli([*flags, "--agent", "oracle"])

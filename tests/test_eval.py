@@ -33,9 +33,9 @@ def policy(tmp_path_factory):
 
 
 def refused(*flags) -> str:
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as ended:
         eval.cli([str(flag) for flag in flags])
-    return str(stop.value.code)
+    return str(ended.value.code)
 
 
 def measured(capsys, *flags) -> dict[str, str]:

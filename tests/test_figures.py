@@ -145,7 +145,7 @@ def test_pictures_and_tables_from_whole_and_partial_data(script, share, folders,
 def test_pass_rates_count_graded_episodes_only():
     """Two tasks of eight trials; of the first, one was lost with its terminal."""
     rewards = [1.0, nan, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0], [1.0] + [0.0] * 7
-    episodes = [Episode(None, group, reward=r) for group, row in enumerate(rewards) for r in row]
+    episodes = [Episode(None, group, reward=r) for group, own in enumerate(rewards) for r in own]
     rates = learning_curves.pass_rates(episodes)
     assert rates["pass_at_1"] == pytest.approx((2 / 7 + 1 / 8) / 2)
     assert rates["pass_at_4"] == pytest.approx((1 - 5 / 35 + 1 / 2) / 2)

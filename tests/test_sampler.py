@@ -69,15 +69,15 @@ def test_cached_logprobs_equal_a_full_forward(model, tokenizer):
 
 @pytest.mark.parametrize("budget", [1, 20, 100])
 def test_a_prompt_read_in_parts_is_the_prompt(model, tokenizer, monkeypatch, budget):
-    stop, parts, real = set(marker_ids(tokenizer)), [], Sampler._forward
+    ends, parts, real = set(marker_ids(tokenizer)), [], Sampler._forward
 
     def counted(self, ids, *rest):
         parts.append(ids.shape)
         return real(self, ids, *rest)
 
-    whole, _ = play(model, stop, PROMPTS, 4, leave={3})
+    whole, _ = play(model, ends, PROMPTS, 4, leave={3})
     monkeypatch.setattr(Sampler, "_forward", counted)
-    story, _ = play(model, stop, PROMPTS, 4, leave={3}, config=replace(CONFIG, prefill_tokens=budget))
+    story, _ = play(model, ends, PROMPTS, 4, leave={3}, config=replace(CONFIG, prefill_tokens=budget))
     assert ids_of(story) == ids_of(whole)
     check(model, story, 60)
     assert all(n * T <= budget or T == 1 for n, T in parts)
@@ -85,23 +85,23 @@ def test_a_prompt_read_in_parts_is_the_prompt(model, tokenizer, monkeypatch, bud
 
 
 def test_a_rollout_does_not_depend_on_its_batch(model, tokenizer):
-    stop = set(marker_ids(tokenizer))
-    together, _ = play(model, stop, PROMPTS, 3)
+    ends = set(marker_ids(tokenizer))
+    together, _ = play(model, ends, PROMPTS, 3)
     for row, prompt in PROMPTS.items():
-        assert ids_of(play(model, stop, {row: prompt}, 3)[0])[row] == ids_of(together)[row]
+        assert ids_of(play(model, ends, {row: prompt}, 3)[0])[row] == ids_of(together)[row]
 
 
 def test_an_episode_that_enters_late_gets_the_same_tokens(model, tokenizer):
-    stop = set(marker_ids(tokenizer))
+    ends = set(marker_ids(tokenizer))
     for late in (1, 4):
-        story, _ = play(model, stop, PROMPTS, 4, leave={0, 2}, enter=(late, 2))
-        assert ids_of(story)[late] == ids_of(play(model, stop, {late: PROMPTS[late]}, 2)[0])[late]
+        story, _ = play(model, ends, PROMPTS, 4, leave={0, 2}, enter=(late, 2))
+        assert ids_of(story)[late] == ids_of(play(model, ends, {late: PROMPTS[late]}, 2)[0])[late]
         check(model, story, 40)
 
 
 def test_long_uneven_replies_are_the_same_in_a_smaller_batch(model, monkeypatch):
-    """Few ids stop, so replies have very different lengths."""
-    stop, sizes, real = {5, 6, 7, 8}, [], Sampler._forward
+    """Few ids end a reply, so replies have very different lengths."""
+    ends, sizes, real = {5, 6, 7, 8}, [], Sampler._forward
 
     def counted(self, ids, *rest):
         sizes.append(len(ids))
@@ -110,9 +110,9 @@ def test_long_uneven_replies_are_the_same_in_a_smaller_batch(model, monkeypatch)
     prompts = {row: [row + 3] * (row + 1) for row in range(12)}
     with monkeypatch.context() as patch:
         patch.setattr("echo_min.sampler.WORTH", 1000)
-        whole, _ = play(model, stop, prompts, 3, max_new=120)
+        whole, _ = play(model, ends, prompts, 3, max_new=120)
     monkeypatch.setattr(Sampler, "_forward", counted)
-    story, _ = play(model, stop, prompts, 3, max_new=120)
+    story, _ = play(model, ends, prompts, 3, max_new=120)
     assert ids_of(story) == ids_of(whole)
     check(model, story, 500)
     assert {12, 6} <= set(sizes) and sum(sizes) < 0.7 * 12 * len(sizes)

@@ -35,11 +35,11 @@ def run_train(flags):
 
 def refused(program, flags, capsys):
     """Run a command line that must end the program. -> the one line that it prints."""
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as ended:
         run_train(flags) if program is train else program.cli(flags)
-    assert "\n" not in str(stop.value.code)
-    message = str(stop.value.code) + capsys.readouterr().err
-    assert stop.value.code not in (0, None)
+    assert "\n" not in str(ended.value.code)
+    message = str(ended.value.code) + capsys.readouterr().err
+    assert ended.value.code not in (0, None)
     return message
 
 

@@ -1,11 +1,10 @@
 """Hostile commands: what each tries, and what must come of it. Every backend's tests run this table.
 
 An attack is (what it tries, command, must). `must` is a regex that the output has to match, TIMEOUT (it runs
-into the time limit), or ANY: whatever is printed, it ends in time. In every case the episode's reward stays 0, the
-host keeps its files, processes and secrets, and nothing is left running. {port}: a port on which the host
-listens on loopback; {secret}: a file of the host that any user may read; the host's environment holds
-HOST_SECRET.
-"""
+into the time limit), or ANY: whatever is printed, it ends in time. In every case the episode's reward stays
+0, the host keeps its files, processes and secrets, and nothing is left running. {port}: a port on which the
+host listens on loopback; {secret}: a file of the host that any user may read; the host's environment holds
+HOST_SECRET."""
 
 import os
 import re

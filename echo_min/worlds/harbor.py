@@ -124,7 +124,7 @@ def harbor_tasks(folder: Path, allow_network: bool = False, strict: bool = False
 
 
 def harbor_task(folder: Path, allow_network: bool = False) -> Task:
-    """allow_network: it gets one if it asks. ValueError names file and key of what is malformed or not done."""
+    """allow_network: it gets one if it asks. ValueError names file and key of what is refused."""
     tables, prompt = _tables(folder / "task.toml"), folder / "instruction.md"
     _, agent, verifier, environment, solution = tables.values()
     image = environment.get("docker_image", "")

@@ -5,8 +5,8 @@
           │         └─ bwrap, one an episode: user, pid, ipc, mount namespaces and /proc and /tmp anew
           └──────────────── relay (bash, pid 1): runs the agent's commands, each in a fresh bash
 
-A box is kept for the next episodes, unless something is left of the last or its network was used (README.md).
-What still passes on: how many inodes and mounts were made, and the times of /dev/null and its like, the host's.
+Boxes are kept for later episodes (README.md). What passes on between these: how many inodes and mounts were
+made, by the numbers of the next, and the times of /dev/null and its like, which are the host's.
 """
 
 import atexit
@@ -167,14 +167,12 @@ def _assignments(limits: Limits) -> str:
     """The limits as bash assignments. Raises SandboxUnavailable when the host's own limits are lower."""
     kib = 1024  # as ulimit takes sizes
     wanted = {  # letter of ulimit -> the kernel's limit, the most that is set, its unit
-        "c": (resource.RLIMIT_CORE, 0, 1),
-        "t": (resource.RLIMIT_CPU, math.ceil(limits.agent_seconds), 1),
-        "f": (resource.RLIMIT_FSIZE, limits.work_mb * 1024, kib),
-        "n": (resource.RLIMIT_NOFILE, 256, 1),
+        "c": (resource.RLIMIT_CORE, 0, 1), "t": (resource.RLIMIT_CPU, math.ceil(limits.agent_seconds), 1),
+        "f": (resource.RLIMIT_FSIZE, limits.work_mb * 1024, kib), "n": (resource.RLIMIT_NOFILE, 256, 1),
         "i": (resource.RLIMIT_SIGPENDING, 256, 1),  # timers are counted as well
         "v": (resource.RLIMIT_AS, limits.memory_mb * 1024, kib),
         "u": (resource.RLIMIT_NPROC, 2 * limits.processes + 8, 1),  # set for the verifier
-    }
+    }  # fmt: skip
     for letter, (kind, value, unit) in wanted.items():
         hard = resource.getrlimit(kind)[1]
         if 0 <= hard < value * unit:  # -1: unlimited

@@ -3,7 +3,11 @@
 import re
 
 from echo_min.tasks import Task
-from echo_min.worlds.gnu import all_words, option_of, refusal, valid
+from echo_min.worlds.gnu import all_words, refusal, valid
+
+
+def option_of(task: Task) -> str:
+    return " ".join(task.instruction.split()[:2])
 
 
 def judge(task: Task, command: str) -> tuple[bool, bool]:

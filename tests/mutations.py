@@ -551,7 +551,7 @@ MUTATIONS = {
         ("a link", "&& ! -L $1 ", "", "worlds"),
         ("other files", "verify=SAME + others + VERIFY", "verify=SAME + VERIFY", "worlds"),
         ("the world's seed", 'f"file world {seed}"', '"file world"', "worlds"),
-        ("held-out tasks", "list(tasks.values())[200:]", "list(tasks.values())[100:]", "worlds"),
+        ("held-out tasks", "World(tasks[HELD_OUT:]", "World(tasks[100:]", "worlds"),
     ],
     "echo_min/terminals/sandbox.py": [
         ('large files', 'if len(content) <= INLINE_BYTES:',

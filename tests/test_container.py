@@ -123,7 +123,7 @@ def test_a_container_is_confined(open_here, tmp_path):
         assert (host["Privileged"], host["NetworkMode"], host["Binds"], inspected["Mounts"]) == (
             False, "none", None, [],
         )  # fmt: skip
-        assert host["Memory"] == host["MemorySwap"] == 300 * 2**20 and host["NanoCpus"] == 5 * 10**8
+        assert host["Memory"] == host["MemorySwap"] == 300 * 2**20 and host["CpuQuota"] == 50_000
         assert host["PidsLimit"] and "no-new-privileges:true" in host["SecurityOpt"]
         assert inspected["Config"]["Labels"][docker_engine.LABEL] == docker_engine.this_run()
         looks = f"""id -u; grep NoNewPrivs /proc/self/status
@@ -134,6 +134,17 @@ def test_a_container_is_confined(open_here, tmp_path):
         assert text.startswith("0\nNoNewPrivs:\t1\n") and text.count("No such file") == 4, text
         for refused in ("permission denied", "Read-only", "Operation not permitted", "unreachable"):
             assert refused in text, text
+
+
+def test_more_processors_than_there_are(open_here, tmp_path):
+    with open_here(harbor(tmp_path, settings="cpus = 1e9")) as terminal:  # noqa: F811
+        assert terminal.run("echo hi").text == "hi\n"
+
+
+def test_a_command_whose_time_is_over_before_it_begins(open_here):
+    with open_here(make_task()) as terminal:  # noqa: F811
+        assert terminal.run("sleep 60", timeout=1e-9).timed_out
+        assert terminal.run("echo next").text == "next\n"
 
 
 def test_episodes_see_nothing_of_each_other(open_here, tmp_path):

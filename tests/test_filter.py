@@ -8,7 +8,7 @@ import pytest
 
 from echo_min.terminal import open_terminal
 from echo_min.worlds import filter as filters
-from echo_min.worlds.filter import FILTERS, call, filter_task, filter_world
+from echo_min.worlds.filter import CALL, FILTERS, filter_task, filter_world
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def test_the_filters_are_the_programs_and_the_terminal_prints_what_they_made(lin
     for name, made in FILTERS.items():
         with open_terminal(filter_task(lines, name, lines)) as terminal:
             assert terminal.verify() == 0.0
-            assert terminal.run(call(name)).text == "".join(f"{line}\n" for line in made(lines)), name
+            assert terminal.run(CALL.format(name)).text == "".join(f"{line}\n" for line in made(lines)), name
             assert terminal.verify() == 1.0
 
 
@@ -58,7 +58,7 @@ def test_the_chance_of_a_random_filter():
         world, chances = filter_world(seed), []
         for task in world.train + world.held_out:
             lines, wanted = (part.split() for part in task.instruction.split(" : "))
-            right = [call(name) for name, made in FILTERS.items() if made(lines) == wanted]
+            right = [CALL.format(name) for name, made in FILTERS.items() if made(lines) == wanted]
             assert task.solution in right
             chances.append(len(right) / len(FILTERS))
         assert sum(chances) / len(chances) == pytest.approx(0.0755, abs=0.002)

@@ -5,10 +5,8 @@
           │         └─ bwrap, one an episode: user, pid, ipc, mount namespaces and /proc and /tmp anew
           └──────────────── relay (bash, pid 1): runs the agent's commands, each in a fresh bash
 
-To start a box costs three times what it costs to shut in the next episode, so boxes are kept. Between two
-episodes the supervisor kills every process but itself, empties /work and says what is left; unless that is
-nothing, the box is thrown away, as is one whose network was used. What still passes on: how many inodes and
-mounts were made, by the numbers of the next, and the times of /dev/null and its like, which are the host's.
+Boxes are kept for later episodes (README.md). What passes on between these: how many inodes and mounts were
+made, by the numbers of the next, and the times of /dev/null and its like, which are the host's.
 """
 
 import atexit
@@ -17,7 +15,6 @@ import functools
 import math
 import os
 import platform
-import re
 import resource
 import select
 import shutil
@@ -37,13 +34,9 @@ PIPE_BYTES = 64 * 1024  # what a pipe holds, and all that one read can find
 KEPT = 64  # idle boxes at most
 USERS = {"passwd": b"root:x:0:0::/:/bin/false\nagent:x:1000:1000::/work:/bin/bash\n",
          "group": b"root:x:0:\nagent:x:1000:\n"}  # fmt: skip
-HELP = (
-    "allow user namespaces: on Ubuntu 24.04 `sysctl kernel.apparmor_restrict_unprivileged_userns=0`"
-    ", or use a Docker engine: --backend docker"
-)
-SUPERVISOR, RELAY = (
-    Path(__file__).with_name(f"{script}.sh").read_text() for script in ("supervisor", "relay")
-)
+HELP = "allow user namespaces: on Ubuntu 24.04 `sysctl kernel.apparmor_restrict_unprivileged_userns=0`"
+HELP += ", or use a Docker engine: --backend docker"
+SUPERVISOR, RELAY = (Path(__file__).with_name(f"{name}.sh").read_text() for name in ("supervisor", "relay"))
 _kept: list["Box"] = []
 _lock = threading.Lock()
 
@@ -56,33 +49,28 @@ class Box:
     """Pipes to the supervisor (orders, verdicts) and to the relay at work (requests, status, output)."""
 
     def __init__(self, limits: Limits, tools: dict[str, bytes]):
-        self.kind = limits, tools
-        self.process, files = None, _files(limits, tools)
-        (orders, self.orders), (self.verdicts, verdicts) = os.pipe(), os.pipe()
+        self.kind, self.process, files = (limits, tools), None, _files(limits, tools)
         (self.asked, self.requests), (self.status, status) = os.pipe(), os.pipe()
-        self.output, self.printed = os.pipe()
-        inner = [self.asked, self.printed]  # kept open here, to clear up
-        self.ends = [self.orders, self.verdicts, self.requests, self.status, self.output, *inner]
-        passed = [*inner, status, *files.values()]
+        self.output, self.printed = os.pipe()  # this one's and asked's other ends are open here to clear up
+        self.ends = [self.asked, self.requests, self.status, self.output, self.printed]
         pipes = f"requests={self.asked} status={status} output={self.printed}\n"
         try:
             self.process = subprocess.Popen(
-                _command(limits, files, pipes),
-                stdin=orders,
-                stdout=verdicts,
-                stderr=verdicts,
-                pass_fds=passed,
+                _command(limits, files, pipes), bufsize=0,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                pass_fds=[self.asked, self.printed, status, *files.values()],
                 start_new_session=True,  # no keyboard to type on, and one process group to kill
-            )
+            )  # fmt: skip
         except OSError as error:
             help = f"install {error.filename}" if isinstance(error, FileNotFoundError) else HELP
             raise SandboxUnavailable(f"cannot start a sandbox: {error}; {help}") from error
         finally:
-            for end in (orders, verdicts, *passed[2:]):
+            for end in (status, *files.values()):
                 os.close(end)
             if self.process is None:
                 self.close()
-        for end in set(self.ends) - set(inner):
+        self.orders, self.verdicts = self.process.stdin.fileno(), self.process.stdout.fileno()
+        for end in (self.orders, self.verdicts, self.requests, self.status, self.output):
             os.set_blocking(end, False)
 
     def send(self, end: int, data: bytes) -> bool:
@@ -101,8 +89,7 @@ class Box:
 
         Meanwhile collect is called when there is output; it returns how many bytes it took.
         """
-        deadline = time.monotonic() + seconds
-        poll = select.poll()
+        deadline, poll = time.monotonic() + seconds, select.poll()
         poll.register(end, select.POLLIN)
         poll.register(self.output, select.POLLIN)
         while True:
@@ -121,9 +108,8 @@ class Box:
             poll = select.poll()
             for end in (self.asked, self.status, self.output, self.verdicts):
                 poll.register(end, select.POLLIN)
-            while ready := poll.poll(0):  # what nobody has read
-                for end, _ in ready:
-                    os.read(end, PIPE_BYTES)
+            for end, _ in poll.poll(0):  # what nobody has read
+                os.read(end, PIPE_BYTES)
             # what the agent can do to the pipe that it prints to
             fcntl.fcntl(self.printed, fcntl.F_SETFL, 0)
             fcntl.flock(self.printed, fcntl.LOCK_UN)
@@ -141,6 +127,8 @@ class Box:
             os.close(end)
         self.ends, process, self.process = [], self.process, None
         if process:
+            process.stdin.close()
+            process.stdout.close()
             try:
                 process.wait(1.0)  # the supervisor reads EOF; bwrap ends when all processes have
             except subprocess.TimeoutExpired:
@@ -151,10 +139,9 @@ class Box:
 def kept_box(limits: Limits, tools: dict[str, bytes]) -> Box | None:
     """An idle box of this kind."""
     with _lock:
-        for box in reversed(_kept):
-            if box.kind == (limits, tools):
-                _kept.remove(box)
-                return box
+        for i in reversed(range(len(_kept))):
+            if _kept[i].kind == (limits, tools):
+                return _kept.pop(i)
     return None
 
 
@@ -163,41 +150,36 @@ def _files(limits: Limits, tools: dict[str, bytes]) -> dict[tuple[str, str], int
     n, refused = limits.processes, seccomp.program()
     if refused is None:
         raise SandboxUnavailable(f"no sandbox for {platform.machine()} yet; {HELP}")
-    files = {
-        ("/opt/relay", "0444"): f"processes={n} limits='-u {n}'\n{RELAY}".encode(),
-        ("/opt/filter", "0444"): refused,
-        # A process whose program it can't read nobody can trace: the agent shall not reach into the relay.
-        ("/opt/bash", "0111"): Path("/usr/bin/bash").read_bytes(),
-    }
-    files |= {(f"/etc/{name}", "0444"): content for name, content in USERS.items()}
+    files = {(path, "0555"): content for path, content in _bwrap()[2].items()}
     files |= {(f"/opt/tools/{name}", "0555"): content for name, content in tools.items()}
-    files |= {(path, "0555"): content for path, content in _bwrap()[2].items()}
+    files |= {(f"/etc/{name}", "0444"): content for name, content in USERS.items()}
+    files["/opt/relay", "0444"] = f"processes={n} limits='-u {n}'\n{RELAY}".encode()
+    files["/opt/filter", "0444"] = refused
+    # A process whose program it can't read nobody can trace: the agent shall not reach into the relay.
+    files["/opt/bash", "0111"] = Path("/usr/bin/bash").read_bytes()
     for key, content in files.items():
         files[key] = os.memfd_create("file")
-        os.write(files[key], content)
-        os.lseek(files[key], 0, os.SEEK_SET)
+        os.pwrite(files[key], content, 0)
     return files
 
 
 def _assignments(limits: Limits) -> str:
     """The limits as bash assignments. Raises SandboxUnavailable when the host's own limits are lower."""
-    processes, kib = limits.processes, 1024  # as ulimit takes sizes
+    kib = 1024  # as ulimit takes sizes
     wanted = {  # letter of ulimit -> the kernel's limit, the most that is set, its unit
-        "c": (resource.RLIMIT_CORE, 0, 1),
-        "t": (resource.RLIMIT_CPU, math.ceil(limits.agent_seconds), 1),
-        "f": (resource.RLIMIT_FSIZE, limits.work_mb * 1024, kib),
-        "n": (resource.RLIMIT_NOFILE, 256, 1),
+        "c": (resource.RLIMIT_CORE, 0, 1), "t": (resource.RLIMIT_CPU, math.ceil(limits.agent_seconds), 1),
+        "f": (resource.RLIMIT_FSIZE, limits.work_mb * 1024, kib), "n": (resource.RLIMIT_NOFILE, 256, 1),
         "i": (resource.RLIMIT_SIGPENDING, 256, 1),  # timers are counted as well
         "v": (resource.RLIMIT_AS, limits.memory_mb * 1024, kib),
-        "u": (resource.RLIMIT_NPROC, 2 * processes + 8, 1),  # set for the verifier
-    }
+        "u": (resource.RLIMIT_NPROC, 2 * limits.processes + 8, 1),  # set for the verifier
+    }  # fmt: skip
     for letter, (kind, value, unit) in wanted.items():
         hard = resource.getrlimit(kind)[1]
         if 0 <= hard < value * unit:  # -1: unlimited
             least = f"a task needs {value}, the host's hard limit is {hard // unit}"
             raise SandboxUnavailable(f"cannot start a sandbox: `ulimit -H{letter}`: {least}; raise it")
-    limits = " ".join(f"-{letter} {value}" for letter, (_, value, _) in wanted.items() if letter != "u")
-    return f"processes={processes} memory={wanted['v'][1]} limits='{limits}'\n"
+    relay = " ".join(f"-{letter} {value}" for letter, (_, value, _) in wanted.items() if letter != "u")
+    return f"processes={limits.processes} memory={wanted['v'][1]} limits='{relay}'\n"
 
 
 def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> list[str]:
@@ -220,12 +202,11 @@ def _command(limits: Limits, files: dict[tuple[str, str], int], pipes: str) -> l
         command += ["--perms", mode, "--file", str(file), path]
     # Both are in memory and would have no bound; /dev/shm lies in /dev.
     command += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/work"]
-    ignored = int(re.search(r"SigIgn:\s*(\w+)", Path("/proc/self/status").read_text())[1], 16)
-    # Popen restores PIPE and XFSZ; 32 and 33 are libc's own. Another (nohup) bash could not restore.
-    if ignored & ~0x181001000:
+    ignored = {number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN}
+    if ignored - {signal.SIGPIPE, signal.SIGXFSZ}:  # Popen restores these; another (nohup) bash could not
         command += ["env", "--default-signal"]
-    command += ["bash", "--norc", "--noprofile", "-c"]
-    return [*command, _assignments(limits) + inner + pipes + SUPERVISOR]
+    script = _assignments(limits) + inner + pipes + SUPERVISOR
+    return [*command, "bash", "--norc", "--noprofile", "-c", script]
 
 
 @functools.cache

@@ -4,9 +4,8 @@
          └─ exec, as the image's user ──> the verifier, when the agent has finished
 
 The container ends with the connection that it was started on, with the relay's own clock, or by `close`. A
-Harbor task's agent may be root in the container that its verifier shares, as in Harbor: /tests and
-/logs/verifier are removed first, but a `python` it has replaced is the verifier's too. A generated task's
-agent is a plain user without capabilities, its verifier root.
+Harbor task's agent may be root in the container that its verifier shares, as in Harbor: a `python` it has
+replaced is the verifier's too. A generated task's agent is a plain user without capabilities.
 """
 
 import contextlib
@@ -30,7 +29,7 @@ from echo_min.worlds.harbor import Environment
 START_SECONDS = 60.0  # until it answers
 DISK_SECONDS = 2.0  # between looks at how much a command has written
 QUICK_SECONDS = 0.1  # a command that takes no longer is not looked at
-VARIABLES = {"HOME": "/work", "PATH": "/opt/tools:/usr/bin:/bin"}  # of a generated task
+GENERATED = Environment(Path(), workdir="/work", env={"HOME": "/work", "PATH": "/opt/tools:/usr/bin:/bin"})
 CLEAR = """PATH=/usr/bin:/bin:/usr/sbin:/sbin
 rm -rf -- /tests /logs/verifier && mkdir -p /logs/verifier && chmod 777 /logs/verifier"""
 # The name of the verifier's file, then what is in it, if it is one.
@@ -62,7 +61,7 @@ class Container(Terminal):
         self._engine, self._mark, self._unread = docker_engine.connect(), secrets.token_hex(16), b""
         self._answer = re.compile(self._mark.encode() + rb"(ready|late|\d{1,3})\n")
         settings = {"life": docker_engine.LIFE_SECONDS, "processes": task.limits.processes}
-        script = PRELUDE.format(mark=self._mark, **settings) + RELAY
+        script = PRELUDE.format(mark=self._mark, **settings) + RELAY + "\0"
         with self._guard("cannot start its container"):
             image = docker_engine.image_of(self._engine, task)
             with _few_at_a_time:
@@ -70,7 +69,7 @@ class Container(Terminal):
                 attached = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
                 self._stream = Stream(self._engine.attach_socket(self._id, attached))
                 self._engine.start(self._id)
-                self._stream.send(script.encode() + b"\0")
+                self._stream.send(script.encode())
                 with contextlib.suppress(EOFError):
                     if self._reply(START_SECONDS) == "ready":
                         return
@@ -79,30 +78,21 @@ class Container(Terminal):
     def _create(self, image: str) -> None:
         """A container that is not started yet, with the task's files in it."""
         task, generated = self.task, not self.task.environment
-        asked = task.environment or Environment(Path(), workdir="/work", env=VARIABLES)
+        asked, memory = task.environment or GENERATED, task.limits.memory_mb * 2**20
         limits = self._engine.create_host_config(
-            mem_limit=task.limits.memory_mb * 2**20,
-            memswap_limit=task.limits.memory_mb * 2**20,
-            nano_cpus=int(1e9 * min(asked.cpus, docker_engine.cpus(self._engine))),
+            mem_limit=memory, memswap_limit=memory, auto_remove=True, security_opt=["no-new-privileges:true"],
+            cpu_quota=int(1e5 * min(asked.cpus, 1024)),  # us of 100 ms; may be more than there are
             pids_limit=task.limits.processes + 16,  # room for the verifier to start
-            security_opt=["no-new-privileges:true"],
             network_mode=docker_engine.network(self._engine) if asked.network else "none",
             cap_drop=["ALL"] if generated else ["NET_RAW"],  # raw frames reach neighbours
             log_config={"type": "none"},  # else what is printed fills the engine's disk
-            auto_remove=True,
-        )
+        )  # fmt: skip
         self._id = self._engine.create_container(
-            image,
-            ["bash", "-c", START],
-            user="1000:1000" if generated else None,
-            environment=asked.env,
-            working_dir=asked.workdir or None,
-            hostname="sandbox",
+            image, ["bash", "-c", START], user="1000:1000" if generated else None, hostname="sandbox",
+            environment=asked.env, working_dir=asked.workdir or None, use_config_proxy=False,
             stdin_open=True,  # and, not detached, closed when the host's connection is
-            labels={docker_engine.LABEL: docker_engine.this_run()},
-            host_config=limits,
-            use_config_proxy=False,
-        )["Id"]
+            labels={docker_engine.LABEL: docker_engine.this_run()}, host_config=limits,
+        )["Id"]  # fmt: skip
         if generated:
             folders = {str(folder) for name in task.files for folder in Path("work", name).parents[:-1]}
             files = [(name, None, 1000, 0o755) for name in sorted({"work", *folders})]
@@ -114,7 +104,7 @@ class Container(Terminal):
     def _command(self, data: bytes, seconds: float) -> str:
         if self._id is None:
             raise TerminalDied("the container is closed")
-        started = time.monotonic()
+        started, reply = time.monotonic(), None
         with self._guard("its container failed"):
             self._stream.send(data)
             while (left := started + seconds - time.monotonic()) > 0:
@@ -156,12 +146,11 @@ class Container(Terminal):
             if not text:
                 found = f"an empty or unreadable {name}" if name else "no reward in /logs/verifier"
                 raise OSError(f"left {found}; it exited with {code}: {said}")
-        try:
-            return _reward(name, text)
-        except (ValueError, OverflowError, RecursionError):  # nothing broke: the task grades nobody
-            self.close()
-            left = f"{text!r:.80} in {name}, not one number in [0, 1]; it exited with {code}: {said}"
-            raise TerminalDied(f"the verifier of {task.name} left {left}") from None
+            try:
+                return _reward(name, text)
+            except (ValueError, OverflowError, RecursionError):  # nothing broke: the task grades nobody
+                left = f"{text!r:.80} in {name}, not one number in [0, 1]; it exited with {code}: {said}"
+                raise TerminalDied(f"the verifier of {task.name} left {left}") from None
 
     def close(self) -> None:
         (gone, self._id), (stream, self._stream) = (self._id, None), (self._stream, None)

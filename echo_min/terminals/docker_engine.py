@@ -37,10 +37,7 @@ class EngineUnavailable(RunEnded):
 
 @functools.cache
 def connect() -> docker.APIClient:
-    """The engine's client, one for all threads. The first call removes what dead runs have left there.
-
-    Raises EngineUnavailable.
-    """
+    """One client for all threads. The first call removes what dead runs left. Raises EngineUnavailable."""
     try:
         client = docker.from_env(max_pool_size=64).api
         _sweep(client)
@@ -51,31 +48,22 @@ def connect() -> docker.APIClient:
     return client
 
 
-def this_run() -> str:
-    """Names this process: host, pid, and when it started, in ticks."""
-    return f"{socket.gethostname()} {os.getpid()} {_started(os.getpid())}"
-
-
-def _started(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
+def this_run(pid: int | str = "self") -> str:
+    """Names a process: host, pid, and when it started, in ticks. Of one that is no more: the host alone."""
+    with contextlib.suppress(OSError):
+        pid, _, rest = Path(f"/proc/{pid}/stat").read_text().partition(" (")
+        return f"{socket.gethostname()} {pid} {rest.rpartition(')')[2].split()[19]}"
+    return socket.gethostname()
 
 
 def _sweep(client: docker.APIClient) -> None:
     """Remove the containers of runs of this host that are no more, and those of any run beyond their time."""
     for container in client.containers(all=True, filters={"label": LABEL}):
-        host, pid, started = container["Labels"][LABEL].split()
-        dead = host == socket.gethostname() and _started(int(pid)) != started
+        run = container["Labels"][LABEL]
+        dead = run.split()[0] == socket.gethostname() and run != this_run(run.split()[1])
         if dead or time.time() - container["Created"] > LIFE_SECONDS:
             with contextlib.suppress(docker.errors.APIError):  # it may be going by itself
                 client.remove_container(container["Id"], force=True, v=True)
-
-
-@functools.cache
-def cpus(client: docker.APIClient) -> int:
-    return client.info()["NCPU"]
 
 
 @functools.cache
@@ -107,26 +95,25 @@ def image_of(client: docker.APIClient, task: Task) -> str:
 
 def _make(client: docker.APIClient, task: Task, name: str) -> str:
     """Build or pull an image. -> why it could not be made, or nothing. OSError: the engine failed."""
-    build = name.startswith("echo_min:")
+    build, started = name.startswith("echo_min:"), time.monotonic()
     seconds = task.environment.build_seconds if build else PULL_SECONDS
-    what, started = f"{task.name}: {'building' if build else 'pulling'} {name}", time.monotonic()
-    print(f"{what} ...", file=sys.stderr, flush=True)
     said, outcome = "", f"not done after {seconds:g} s"
+    what = f"{task.name}: {'building' if build else 'pulling'} {name}"
+    print(f"{what} ...", file=sys.stderr, flush=True)
 
     def work() -> None:
         nonlocal said, outcome
         try:
             if build:
-                options = {"rm": True, "forcerm": True, "buildargs": {"BASE": BASE} if BASE else {}}
-                folder = str(task.environment.folder / "environment")
-                lines = client.build(folder, tag=name, decode=True, timeout=seconds, **options)
+                folder, base = str(task.environment.folder / "environment"), {"BASE": BASE} if BASE else {}
+                options = {"rm": True, "forcerm": True, "timeout": seconds, "buildargs": base}
+                lines = client.build(folder, tag=name, decode=True, **options)
             else:
                 lines = client.pull(name, stream=True, decode=True)
             for line in lines:
                 said += line.get("stream", "")
-                if "error" in line:
-                    outcome = line["error"]
                 if "error" in line or time.monotonic() - started > seconds:
+                    outcome = line.get("error", outcome)
                     return  # leaving the loop ends the build
             outcome = ""
         except ERRORS as error:
@@ -155,8 +142,7 @@ def _digest(folder: Path) -> str:
 
 
 class Stream:
-    """A connection to a container's or command's stdin and output, which comes in frames: a header of eight
-    bytes, whose last four are the length, and the data."""
+    """A container's or command's stdin and output; this comes as frames: 8 bytes, the last 4 a length; data."""
 
     def __init__(self, raw):
         self._raw, self._socket, self._come = raw, getattr(raw, "_sock", raw), b""
@@ -198,8 +184,7 @@ def archive(entries: list[tuple[str, bytes | None, int, int]]) -> bytes:
 
 
 def archive_of(folder: Path, target: str) -> bytes:
-    """A tar of what is in the folder, as content of `target`, owned by root, for all to read (and run, if it
-    is a shell script)."""
+    """A tar of the folder as `target`, owned by root, for all to read (and run, if it is a shell script)."""
 
     def owned_by_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         open_to_all = 0o555 if entry.isdir() or entry.name.endswith(".sh") else 0o444

@@ -5,10 +5,7 @@ can neither see, signal nor trace the supervisor, nor reach the pipe of the verd
 hearsay. A verifier that RUNS the agent's files gives them its own powers, unless it shuts them in as well:
 `setsid unshare -U --map-current-user -pf --mount-proc bash FILE`.
 
-Memory is bounded for each process's address space (memory_mb) and each file system's content (work_mb): one
-episode takes at most processes * memory_mb + 2 * work_mb. Calls that make memory of another kind are
-refused; what the kernel keeps beside that stands in the README. Processes are counted for each sandbox since
-Linux 5.14, before that for all of them together.
+README.md says what is bounded. Processes are counted for each sandbox since Linux 5.14, before that for all.
 """
 
 import os
@@ -68,8 +65,7 @@ class Sandbox(Terminal):
 
     def verify(self) -> float:
         """1.0 or 0.0, as the task's verifier says. Raises TerminalDied when it says neither."""
-        seconds, verifier = self.task.limits.verifier_seconds, self.task.verify.encode()
-        box = self._alive()
+        seconds, verifier, box = self.task.limits.verifier_seconds, self.task.verify.encode(), self._alive()
         self._send(box.orders, b"verify %d\0" % len(verifier) + verifier)
         answer = box.answer(box.verdicts, seconds, self._collect)
         if answer not in (b"0", b"1"):
@@ -80,13 +76,12 @@ class Sandbox(Terminal):
         return 1.0 if answer == b"0" else 0.0
 
     def copy_in(self, folder: Path, target: str) -> None:
-        if (target != "/work" and not target.startswith("/work/")) or ".." in target.split("/"):
+        if not Path(target).is_relative_to("/work") or ".." in Path(target).parts:
             raise ValueError(f"a sandbox takes files below /work alone, not in {target!r}")
-        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        names = [str(Path(target, path.relative_to(folder)).relative_to("/work")) for path in paths]
-        layout = _layout(dict(zip(names, (path.read_bytes() for path in paths), strict=True)))
-        box = self._alive()
-        box.send(box.orders, layout)
+        box, inside = self._alive(), Path(target).relative_to("/work")
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = {str(inside / path.relative_to(folder)): path.read_bytes() for path in paths}
+        box.send(box.orders, _layout(files))
         if box.answer(box.verdicts, START_SECONDS, self._collect) != b"0":
             self._die(f"{folder} could not be copied to {target}: it exceeds work_mb, or names clash")
 
@@ -101,7 +96,7 @@ class Sandbox(Terminal):
         return self._box
 
     def _die(self, reason: str, well: bool = False):
-        """well: the supervisor is at work. Out of the agent's reach, it also shows that by its answer."""
+        """well: the supervisor is at work. Out of the agent's reach, it also shows that by an answer."""
         box, self._box = self._box, None
         well = well or (box.send(box.orders, b"files 0\0") and box.answer(box.verdicts, 1.0) == b"0")
         box.close()

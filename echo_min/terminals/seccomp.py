@@ -25,13 +25,10 @@ CHECKED = {  # numbers -> an argument, values, whether these are allowed or all 
     "fcntl": ((72, 25), (1, [10, 1031, 1036, 1038, 1024, 1026], False)),
     # FS_IOC_SETFLAGS, FS_IOC32_SETFLAGS, FS_IOC_FSSETXATTR stay with the work folder
     "ioctl": ((16, 29), (1, [0x40086602, 0x40046602, 0x401C5820], False)),
-    "prlimit64": ((302, 261), RELAY),
-    "sched_setparam": ((142, 118), RELAY),
-    "sched_setscheduler": ((144, 119), RELAY),
-    "sched_setattr": ((314, 274), RELAY),
-    "sched_setaffinity": ((203, 122), RELAY),
-    "setpriority": ((141, 140), (1, [1], False)),
-}
+    "prlimit64": ((302, 261), RELAY), "sched_setparam": ((142, 118), RELAY),
+    "sched_setscheduler": ((144, 119), RELAY), "sched_setattr": ((314, 274), RELAY),
+    "sched_setaffinity": ((203, 122), RELAY), "setpriority": ((141, 140), (1, [1], False)),
+}  # fmt: skip
 
 
 def program() -> bytes | None:

@@ -22,13 +22,10 @@ FILTERS = {  # command -> what it makes of the lines
     "sed 1,2d": lambda x: x[2:], "sed 2,3d": lambda x: x[:1] + x[3:],
     "sed -n 2p": lambda x: x[1:2], "sed -n 3p": lambda x: x[2:3],
 }  # fmt: skip
+CALL = "{} f | tee out"
 VERIFY = """[[ -f out && ! -L out ]] || exit 1
 IFS= read -r -d '' -n 80 text < out; [[ $text == $'{wanted}' ]] || exit 1
 """
-
-
-def call(name: str) -> str:
-    return f"{name} f | tee out"
 
 
 def filter_task(lines: list[str], name: str, in_file: list[str]) -> Task:
@@ -39,7 +36,7 @@ def filter_task(lines: list[str], name: str, in_file: list[str]) -> Task:
         instruction=f"{' '.join(lines)} : {' '.join(wanted)}",
         files={"f": "".join(f"{line}\n" for line in in_file).encode()},
         verify=VERIFY.format(wanted="".join(f"{line}\\n" for line in wanted)),
-        solution=call(name),
+        solution=CALL.format(name),
     )
 
 
@@ -54,16 +51,15 @@ def filter_world(seed: int) -> World:
             if name == "cat" or FILTERS[name](lines) != lines:
                 return lines, name
 
-    rng = random.Random(f"filter world {seed}")
-    drawn = {tuple(lines): name for lines, name in (draw(rng) for _ in range(1600))}  # each input once
-    tasks = [filter_task([*lines], name, [*lines]) for lines, name in drawn.items()]
-
     def weak(rng: random.Random) -> tuple[Task, list[str]]:
         """Any filter, at a file of other words: form, and nothing of what a filter does to its input."""
-        return filter_task(*draw(rng), rng.choices(WORDS, k=4)), [call(rng.choice([*FILTERS]))]
+        return filter_task(*draw(rng), rng.choices(WORDS, k=4)), [CALL.format(rng.choice([*FILTERS]))]
 
     def expert(task: Task, rng: random.Random) -> list[str]:
         """The right call, every second time after another one."""
-        return [*[call(rng.choice([*FILTERS]))] * rng.randrange(2), task.solution, "done"]
+        return [*[CALL.format(rng.choice([*FILTERS]))] * rng.randrange(2), task.solution, "done"]
 
+    rng = random.Random(f"filter world {seed}")
+    drawn = {tuple(lines): name for lines, name in (draw(rng) for _ in range(1600))}  # each input once
+    tasks = [filter_task([*lines], name, [*lines]) for lines, name in drawn.items()]
     return World(tasks[HELD_OUT:], tasks[:HELD_OUT], weak, expert, telling=tuple(WORDS))

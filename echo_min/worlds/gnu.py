@@ -8,7 +8,7 @@ import random
 import re
 import subprocess
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 from shlex import quote
 
 from echo_min.tasks import Task, World
@@ -54,10 +54,6 @@ def valid(option: str) -> tuple[str, ...]:
     return tuple(re.findall(r"^  - '(.+)'$", refusal(*option.split(), "?"), re.MULTILINE))
 
 
-def option_of(task: Task) -> str:
-    return " ".join(task.instruction.split()[:2])
-
-
 def all_words() -> list[str]:
     return sorted({word for option in OPTIONS for word in valid(option)} | set(UNLISTED))
 
@@ -67,17 +63,15 @@ def lines(words) -> str:
 
 
 def programs(answer: str) -> dict[str, bytes]:
-    """What stands before GNU's programs. stub: refuses every word with the list in .list; lying, load:
-    answers where they refuse."""
-    options = list(OPTIONS)
-    lies = {options[i]: quote(lines(valid(options[i - 1]))) for i in range(len(options))}
-    cases = "".join(f"'{option}') list={lie} ;;\n" for option, lie in lies.items())
+    """What stands before GNU's programs. stub: refuses all words with the list in .list; or if GNU does."""
+    pairs = pairwise([[*OPTIONS][-1], *OPTIONS])
+    cases = "".join(f"'{option}') list={quote(lines(valid(other)))} ;;\n" for other, option in pairs)
     first = {
         "stub": "list=$(<.list)",
         "lying": f'{GNU}case "${{0##*/}} $1" in\n{cases}esac',
         "load": f'{GNU}echo "load: $(<.load)" >&2; exit 1',
     }[answer]
-    return {option.split()[0]: ANSWER.format(first=first).encode() for option in options}
+    return {option.split()[0]: ANSWER.format(first=first).encode() for option in OPTIONS}
 
 
 def gnu_task(option: str, word: str, verb: str, name: str, tools: dict[str, bytes], more: dict) -> Task:
@@ -85,41 +79,32 @@ def gnu_task(option: str, word: str, verb: str, name: str, tools: dict[str, byte
     right = f"{option} '{word}' {OPTIONS[option][0]}"
     inputs = " ".join(f"&& printf %s {quote(text)} > {quote(file)}" for file, text in INPUTS.items())
     return Task(
-        name="-".join(["gnu", verb, name, *more.values()]),
-        instruction=f"{option} {verb} {name}",
-        files={file: text.encode() for file, text in (INPUTS | more).items()},
-        tools=tools,
-        verify=VERIFY.format(name=name, inputs=inputs, right=right),
-        solution=f"{right} > {name}",
-    )
+        name="-".join(["gnu", verb, name, *more.values()]), instruction=f"{option} {verb} {name}",
+        files={file: text.encode() for file, text in (INPUTS | more).items()}, tools=tools,
+        verify=VERIFY.format(name=name, inputs=inputs, right=right), solution=f"{right} > {name}",
+    )  # fmt: skip
 
 
 def gnu_world(seed: int, answer: str = "true") -> World:
     """answer to a wrong word: true, GNU's own; lying, the words of another option; load, the machine's load.
-
-    Raises ValueError for another answer, or if this machine's programs do not list the words wanted.
-    """
+    Raises ValueError for another, or if this machine's programs do not list the words wanted."""
     if answer not in ("true", "lying", "load"):
         raise ValueError(f"world:gnu: answer={answer} is not one of true, lying, load")
     for option, (*_, wanted) in OPTIONS.items():
-        if missing := set(wanted.split()) - set(valid(option)):
-            lacks = f"`{option}` of this machine does not list {', '.join(sorted(missing))}"
-            raise ValueError(f"world:gnu: {lacks}; GNU coreutils 9 does")
+        if lacks := ", ".join(sorted(set(wanted.split()) - set(valid(option)))):
+            said = f"`{option}` of this machine does not list {lacks}; GNU coreutils 9 does"
+            raise ValueError(f"world:gnu: {said}")
     rng = random.Random(f"gnu world {seed}")
     wants = [(o, word) for o, (_, n, wanted) in OPTIONS.items() for word in rng.sample(wanted.split(), n)]
     facts = dict(zip(rng.sample(VERBS["train"], len(wants)), wants, strict=True))
     words, names, stubs = all_words(), FILES + WORDS, programs("stub")
     tools = {} if answer == "true" else programs(answer)
-
-    def task(verb: str, name: str) -> Task:
-        load = {".load": f"{rng.randrange(16**6):06x}"} if answer == "load" else {}
-        return gnu_task(*facts[verb], verb, name, tools, load)
-
-    pairs = list(product(facts, names))
+    pairs, tasks = list(product(facts, names)), []
     rng.shuffle(pairs)
-    held_out = [task(*pair) for pair in pairs[:HELD_OUT]]
     # the load is new in every task, so that it can't be learned by heart
-    train = [task(*pair) for pair in pairs[HELD_OUT:] * (10 if answer == "load" else 1)]
+    for verb, name in pairs + pairs[HELD_OUT:] * (9 if answer == "load" else 0):
+        load = {".load": f"{rng.randrange(16**6):06x}"} if answer == "load" else {}
+        tasks.append(gnu_task(*facts[verb], verb, name, tools, load))
 
     def weak(rng: random.Random) -> tuple[Task, list[str]]:
         """Any word, at programs that refuse every word with a random list: form, and no fact to keep."""
@@ -131,8 +116,9 @@ def gnu_world(seed: int, answer: str = "true") -> World:
 
     def expert(task: Task, rng: random.Random) -> list[str]:
         """The right call, every second time after one with a word that is refused."""
-        refused = [word for word in words if refusal(*option_of(task).split(), word)]
+        refused = [word for word in words if refusal(*task.instruction.split()[:2], word)]
         wrong = re.sub(" '.+?'", f" '{rng.choice(refused)}'", task.solution, count=1)
         return [*[wrong] * rng.randrange(2), task.solution, "done"]
 
-    return World(train, held_out, weak, expert, telling=tuple(f"'{word}'" for word in words))
+    telling = tuple(f"'{word}'" for word in words)
+    return World(tasks[HELD_OUT:], tasks[:HELD_OUT], weak, expert, telling)

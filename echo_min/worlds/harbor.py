@@ -13,6 +13,7 @@ import random
 import re
 import shlex
 import tomllib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from echo_min.tasks import Limits, Task, World
 
 COMMAND_SECONDS = 120.0  # one command; the format only limits all of them together
 PROCESSES = 1024
-FOREIGN = re.compile(r"\0|\$\{")  # the format takes ${NAME} from the host
 LOOK_AROUND = ["pwd", "ls -la", "head -n 20 *", "git log --oneline", "ps"]
 
 
@@ -39,10 +39,9 @@ class Environment:
 
 
 def _are_variables(value) -> bool:
-    return isinstance(value, dict) and all(
-        re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) and isinstance(text, str) and not FOREIGN.search(text)
-        for name, text in value.items()
-    )
+    """Not ${NAME}, which the format takes from the host."""
+    named = isinstance(value, dict) and all(re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) for name in value)
+    return named and all(isinstance(text, str) and not re.search(r"\0|\$\{", text) for text in value.values())
 
 
 def _mib(size) -> int:
@@ -103,8 +102,7 @@ def _say(line: str) -> None:
 def harbor_tasks(folder: Path, allow_network: bool = False, strict: bool = False) -> list[Task]:
     """The tasks of a set, by name: in FOLDER/*/, FOLDER/tasks/*/ or FOLDER/*/*/; or FOLDER itself is one.
 
-    What harbor_task refuses is left out with a word; if `strict`, its ValueError is raised. A task gets
-    a network only if it asks for one and allow_network is true. Raises ValueError for a set of no tasks.
+    What harbor_task refuses is left out with a word; if `strict`, its ValueError is raised, as for no tasks.
     """
     patterns = "task.toml", "*/task.toml", "tasks/*/task.toml", "*/*/task.toml"
     files = next((found for p in patterns if (found := sorted(folder.glob(p)))), [])
@@ -120,16 +118,15 @@ def harbor_tasks(folder: Path, allow_network: bool = False, strict: bool = False
             _say(f"skipped {file.parent.resolve().name}: {error}")
     if not tasks:
         raise ValueError(f"{folder}: none of its {len(files)} tasks can be played")
-    names = [task.name for task in tasks]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted(name for name, n in Counter(task.name for task in tasks).items() if n > 1):
         raise ValueError(f"{folder}: more than one task is called {', '.join(twice)}")
     return tasks
 
 
 def harbor_task(folder: Path, allow_network: bool = False) -> Task:
-    """Raises ValueError that names file and key of what is malformed, or would have to be acted on."""
+    """allow_network: it gets one if it asks. ValueError names file and key of what is refused."""
     tables, prompt = _tables(folder / "task.toml"), folder / "instruction.md"
-    agent, verifier, environment = tables["agent"], tables["verifier"], tables["environment"]
+    _, agent, verifier, environment, solution = tables.values()
     image = environment.get("docker_image", "")
     for file in (prompt, folder / "tests/test.sh", *([] if image else [folder / "environment/Dockerfile"])):
         if not file.is_file():
@@ -141,39 +138,29 @@ def harbor_task(folder: Path, allow_network: bool = False) -> Task:
     except ValueError as error:
         raise ValueError(f"{prompt}: {error}") from None
     agent_seconds = float(agent.get("timeout_sec", 1e9))
-    given = [f"{name}={shlex.quote(text)}" for name, text in tables["solution"].get("env", {}).items()]
+    given = [f"{name}={shlex.quote(text)}" for name, text in solution.get("env", {}).items()]
     mode = "public" if environment.get("allow_internet", True) else "no-network"
     return Task(
-        name=folder.resolve().name,
-        instruction=instruction,
-        verify="/tests/test.sh",
+        name=folder.resolve().name, instruction=instruction, verify="/tests/test.sh",
         solution=" ".join([*given, "/solution/solve.sh"]) if (folder / "solution/solve.sh").is_file() else "",
         limits=Limits(
-            command_seconds=min(COMMAND_SECONDS, agent_seconds),
-            agent_seconds=agent_seconds,
-            verifier_seconds=float(verifier.get("timeout_sec", 600.0)),
+            command_seconds=min(COMMAND_SECONDS, agent_seconds), agent_seconds=agent_seconds,
+            verifier_seconds=float(verifier.get("timeout_sec", 600.0)), processes=PROCESSES,
             memory_mb=math.ceil(environment.get("memory_mb") or _mib(environment.get("memory", "2G"))),
             work_mb=math.ceil(environment.get("storage_mb") or _mib(environment.get("storage", "10G"))),
-            processes=PROCESSES,
         ),
         environment=Environment(
-            folder=folder.resolve(),
-            image=image,
+            folder=folder.resolve(), image=image,
             build_seconds=float(environment.get("build_timeout_sec", 600.0)),
-            cpus=float(environment.get("cpus", 1.0)),
+            cpus=float(environment.get("cpus", 1.0)), workdir=environment.get("workdir", ""),
             network=allow_network and environment.get("network_mode", mode) == "public",
-            workdir=environment.get("workdir", ""),
-            env=environment.get("env", {}),
-            verifier_env=verifier.get("env", {}),
+            env=environment.get("env", {}), verifier_env=verifier.get("env", {}),
         ),
-    )
+    )  # fmt: skip
 
 
 def harbor_world(folder: Path, allow_network: bool = False) -> World:
-    """A set to train on; every fifth task, at least one, is held out.
-
-    Nobody scripts an expert for tasks unknown: weak and expert agents alike only look around.
-    """
+    """Every fifth task is held out, at least one. An expert for unknown tasks there is not: agents look."""
     tasks = harbor_tasks(folder, allow_network)
     if len(tasks) < 2:
         raise ValueError(f"{folder}: one task cannot be both trained on and held out")

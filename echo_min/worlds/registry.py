@@ -11,10 +11,8 @@ from echo_min.worlds.filter import filter_world
 from echo_min.worlds.gnu import gnu_world
 from echo_min.worlds.tool import tool_world
 
-WORLDS = {
-    "tool": tool_world, "hard": partial(tool_world, words=2), "gnu": gnu_world,
-    "file": file_world, "filter": filter_world,
-}  # fmt: skip
+WORLDS = {"tool": tool_world, "hard": partial(tool_world, words=2), "gnu": gnu_world}
+WORLDS |= {"file": file_world, "filter": filter_world}
 
 
 def load_world(name: str, seed: int) -> World:
@@ -22,9 +20,8 @@ def load_world(name: str, seed: int) -> World:
     short, *given = name.split(",")
     if short not in WORLDS:
         raise ValueError(f"world:{short} does not exist; there is {', '.join(f'world:{n}' for n in WORLDS)}")
-    known = {p.name: p.annotation for p in inspect.signature(WORLDS[short]).parameters.values()}
-    known.pop("seed")
-    dials = {}
+    _, *parameters = inspect.signature(WORLDS[short]).parameters.values()  # the first is the seed
+    known, dials = {p.name: p.annotation for p in parameters}, {}
     for dial, _, value in (text.partition("=") for text in given):
         try:
             dials[dial] = known[dial](value)

@@ -2,14 +2,8 @@
 
 Each verb takes exactly one flag of 32 (words=2: one flag of 10 and one mode of 10), a fact that is drawn anew
 for every seed and that only the terminal tells: a wrong call prints the right one. The construction favours
-ECHO: the answer stands in the observation, and knowing it is all that a task asks for. Dials take that away:
-
-linked    share of training tasks whose wrong calls print the usage line; the others print the machine's load
-tells     how many candidates the usage line lists, the right one among them, in an order fixed for the verb
-persist   share of the training tasks that have this world's facts; the others have fresh ones
-usage     what the usage line shows: true; lying (other words, fixed for each wrong call); code (one for
-          each verb, as learnable as the truth, of words that are never part of a call)
-family    train; or verbs that are never trained: linked; ambient, whose wrong calls print the machine's load
+ECHO: the answer stands in the observation, and knowing it is all that a task asks for. Dials take that away,
+bit by bit: README.md.
 """
 
 import random
@@ -20,21 +14,16 @@ from echo_min.tasks import Task, World
 FLAGS = [f"-{letter}" for letter in "abcdefghijklmnopqrstuvwxyzABCDEF"]
 MODES = "bold calm cold dark firm loud mild pale soft warm".split()
 CODES = "alpha bravo cobra dingo eagle falcon gecko hyena ibis jackal".split()
-FILES = """
-acorn beach cedar delta ember fjord grove heron islet jetty knoll lagoon maple north oasis pearl quartz
-ridge stone tulip
-""".split()
+FILES = """acorn beach cedar delta ember fjord grove heron islet jetty knoll lagoon maple north oasis pearl
+quartz ridge stone tulip""".split()
 VERBS = {
-    "train": """
-align blend carve drain empty fetch graft hoist index judge knead label mount notch order paint quilt raise
-scan trace unite visit weigh yield zip bake clamp dodge etch fold grind heat infer join kneel latch mend nudge
-open press""".split(),
-    "linked": """
-adopt braid climb dance erase float greet hatch iron juggle kick lift mix nail obey patch quote rinse sort
-twist""".split(),
-    "ambient": """
-argue boost crawl drift evict flip glaze hunt invent jolt knock learn mark nest offer peel query roast sweep
-tidy""".split(),
+    "train": """align blend carve drain empty fetch graft hoist index judge knead label mount notch order
+paint quilt raise scan trace unite visit weigh yield zip bake clamp dodge etch fold grind heat infer join
+kneel latch mend nudge open press""".split(),
+    "linked": """adopt braid climb dance erase float greet hatch iron juggle kick lift mix nail obey patch
+quote rinse sort twist""".split(),
+    "ambient": """argue boost crawl drift evict flip glaze hunt invent jolt knock learn mark nest offer peel
+query roast sweep tidy""".split(),
 }
 HELD_OUT = 200
 
@@ -67,38 +56,17 @@ def cases(variable: str, table: dict[str, str]) -> str:
     return "\n".join(f'"{key}") {variable}="{value}" ;;' for key, value in table.items())
 
 
-def usage_lines(facts: dict, choices: list[str], usage: str, tells: int, rng: random.Random) -> str:
-    """A shell `case` that sets $shown, what the usage line shows; empty: the truth."""
-    if usage == "lying":
-        lies = dict(zip(choices, rng.choices(choices, k=len(choices)), strict=True))
-        return f'case "$given" in\n{cases("shown", lies)}\nesac'
-    if usage == "code":
-        table = {verb: " ".join(rng.sample(CODES, len(words.split()))) for verb, words in facts.items()}
-    elif tells > 1:
-        table = {}
-        for verb, words in facts.items():
-            listed = [words, *rng.sample([other for other in choices if other != words], tells - 1)]
-            table[verb] = " or ".join(rng.sample(listed, tells))
-    else:
-        return ""
-    return f'case "$verb" in\n{cases("shown", table)}\nesac'
-
-
-def tool_script(facts: dict[str, str], shown: str, linked: bool = True) -> bytes:
-    mute = "|".join(VERBS["ambient"]) if linked else "*"
-    return TOOL.format(right=cases("right", facts), shown=shown, mute=mute).encode()
-
-
-def tool_task(words: str, script: bytes, verb: str, file: str, rng: random.Random) -> Task:
+def tool_task(facts: dict, shown: str, verb: str, file: str, rng: random.Random, linked=True) -> Task:
+    """facts, shown: as `drawn`. linked: whether wrong calls print the usage line, not the machine's load."""
     other, load = rng.choice([f for f in FILES if f != file]), f"{rng.randrange(16**6):06x}"
+    mute, words = "|".join(VERBS["ambient"]) if linked else "*", facts[verb]
     return Task(
-        name=f"tool-{verb}-{file}-{load}",
-        instruction=f"{verb} {file}",
+        name=f"tool-{verb}-{file}-{load}", instruction=f"{verb} {file}",
         files={file: b"", other: b"", ".load": f"{load}\n".encode()},
-        tools={"tk": script},
+        tools={"tk": TOOL.format(right=cases("right", facts), shown=shown, mute=mute).encode()},
         verify=VERIFY.format(verb=verb, words=words, file=file, other=other),
         solution=f"tk {verb} {words} {file}",
-    )
+    )  # fmt: skip
 
 
 def tool_world(
@@ -115,26 +83,30 @@ def tool_world(
         raise ValueError(f"world:tool has no such value of {', '.join(wrong)}")
     choices = FLAGS if words == 1 else [" ".join(pair) for pair in product(FLAGS[:10], MODES)]
     facts, shown = drawn(f"tool {seed}", choices, usage, tells)
-    rng, script = random.Random(f"tasks {seed}"), tool_script(facts, shown)
-    pairs = list(product(VERBS[family], FILES))
+    rng, pairs, train = random.Random(f"tasks {seed}"), list(product(VERBS[family], FILES)), []
     rng.shuffle(pairs)
-    held_out = [tool_task(facts[verb], script, verb, file, rng) for verb, file in pairs[:HELD_OUT]]
-    train = []
+    held_out = [tool_task(facts, shown, *pair, rng) for pair in pairs[:HELD_OUT]]
     # ambient output is new in every task, so that it can't be learned by heart
     for verb, file in pairs[HELD_OUT:] * (10 if family == "ambient" else 1):
         own = facts if rng.random() < persist else facts | {verb: rng.choice(choices)}
-        says = tool_script(own, shown, rng.random() < linked)
-        train.append(tool_task(own[verb], says, verb, file, rng))
-
+        train.append(tool_task(own, shown, verb, file, rng, rng.random() < linked))
     telling = tuple(dict.fromkeys(word for choice in choices for word in choice.split()))
     return World(train, held_out, *agents(choices), telling=telling)
 
 
 def drawn(key: str, choices: list[str], usage: str, tells: int = 1) -> tuple[dict[str, str], str]:
-    """-> facts (verb -> words) and usage lines, both drawn by the key."""
-    rng = random.Random(key)
+    """Draws by the key -> verb -> words; a shell `case` of what usage lines show; empty if it's the truth."""
+    rng, shown, by = random.Random(key), {}, "verb"
     facts = {verb: rng.choice(choices) for group in VERBS.values() for verb in group}
-    return facts, usage_lines(facts, choices, usage, tells, rng)
+    if usage == "lying":
+        shown, by = dict(zip(choices, rng.choices(choices, k=len(choices)), strict=True)), "given"
+    elif usage == "code":
+        shown = {verb: " ".join(rng.sample(CODES, len(words.split()))) for verb, words in facts.items()}
+    elif tells > 1:
+        for verb, words in facts.items():
+            listed = [words, *rng.sample([other for other in choices if other != words], tells - 1)]
+            shown[verb] = " or ".join(rng.sample(listed, tells))
+    return facts, f'case "${by}" in\n{cases("shown", shown)}\nesac' if shown else ""
 
 
 def agents(choices: list[str]):
@@ -145,12 +117,11 @@ def agents(choices: list[str]):
         """Random words at a tool of other facts, whose usage line misleads: form, and no fact to keep."""
         facts, shown = rng.choice(others)
         verb, file = rng.choice(list(facts)), rng.choice(FILES)
-        task = tool_task(facts[verb], tool_script(facts, shown), verb, file, rng)
-        given = rng.sample(choices, 3)
-        if facts[verb] in given:
-            given[given.index(facts[verb]) + 1 :] = []
-        commands = [f"tk {verb} {words} {file}" for words in given]
-        return task, [*commands, "done"] if facts[verb] in given else commands
+        task = tool_task(facts, shown, verb, file, rng)
+        commands = [f"tk {verb} {words} {file}" for words in rng.sample(choices, 3)]
+        if task.solution in commands:
+            commands = [*commands[: commands.index(task.solution) + 1], "done"]
+        return task, commands
 
     def expert(task: Task, rng: random.Random) -> list[str]:
         """The right call, every second time after a wrong one."""

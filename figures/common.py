@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 import matplotlib
 
@@ -39,14 +39,9 @@ from echo_min.worlds.registry import load_tasks  # noqa: E402
 
 DATA, PNG, RUNS = ROOT / "figures" / "data", ROOT / "figures" / "png", Path("runs") / "figures"
 COLOURS = report.COLOURS | {
-    "base": "#bbbbbb",
-    "floor": "#2e7d5b",
-    "echo 0.05": "#e8a0a8",
-    "placebo": "#3d6c9e",
-    "placebo_words": "#7a5aa6",
-    "placebo_outputs": "#5aa6a0",
-    "lying": "#c98a2b",
-}
+    "base": "#bbbbbb", "floor": "#2e7d5b", "echo 0.05": "#e8a0a8", "placebo": "#3d6c9e",
+    "placebo_words": "#7a5aa6", "placebo_outputs": "#5aa6a0", "lying": "#c98a2b",
+}  # fmt: skip
 Jobs = dict[str, tuple[str, str, Config]]
 SETTINGS = {"eval_tasks": 200, "save_every": 25}  # of every experiment
 FROZEN = {  # settings as they were when digests began: a default may change, these never do
@@ -223,11 +218,17 @@ def by_seed(lines: list[dict], key: str, **wanted) -> dict[int, float]:
     return {seed: fmean(values) for seed, values in sorted(found.items())}
 
 
+def mean_interval(values: list[float]) -> tuple[float, float]:
+    """-> (mean, half-width of its 95 % interval). One value has no interval: (value, nan)."""
+    n = len(values)
+    return fmean(values), report.student(n) * stdev(values) / n**0.5 if n > 1 else float("nan")
+
+
 def interval(values: list[float]) -> str:
     """mean ± half-width of the 95 % interval; one seed has none."""
     if len(values) < 2:
         return f"{values[0]:.3f} (one seed)" if values else "–"
-    return "{:.3f} ± {:.3f}".format(*report.mean_interval(values))
+    return "{:.3f} ± {:.3f}".format(*mean_interval(values))
 
 
 def paired(a: dict[int, float], b: dict[int, float]) -> list[float]:
@@ -238,7 +239,7 @@ def paired(a: dict[int, float], b: dict[int, float]) -> list[float]:
 def band(ax, lines: list[dict], key: str, colour: str, label: str, **style) -> None:
     """Mean over seeds and its 95 % interval at every step."""
     steps = sorted({line["step"] for line in lines if key in line})
-    points = [report.mean_interval([x[key] for x in lines if x["step"] == s and key in x]) for s in steps]
+    points = [mean_interval([x[key] for x in lines if x["step"] == s and key in x]) for s in steps]
     if not points:
         return
     ax.plot(steps, [mean for mean, _ in points], color=colour, lw=2, label=label, **style)

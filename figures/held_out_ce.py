@@ -45,7 +45,7 @@ def main() -> None:
         names = []
         for x, arm in enumerate(bars[scene]):
             values = [1.0] if arm == "base" else relative(lines, scene, arm)
-            mean, half = common.report.mean_interval(values)
+            mean, half = common.mean_interval(values)
             ax.bar(x, mean, yerr=half if len(values) > 1 else None, color=common.COLOURS[arm], capsize=3)
             names.append(f"{arm.replace('_', ' ')}, {100 * (mean - 1):+.0f} %")
             if arm in PAPER:

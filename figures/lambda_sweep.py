@@ -92,7 +92,7 @@ def draw(lines: list[dict]) -> None:
                 if not points:
                     continue
                 x = [place(weight) for weight in points]
-                mean, half = np.array([common.report.mean_interval(v) for v in points.values()]).T
+                mean, half = np.array([common.mean_interval(v) for v in points.values()]).T
                 if kind in NORMS:
                     mark = "s" if kind == "selected" else "^"
                     ax.plot(x, mean, mark, color="black", ms=5, mfc="none", label=f"{kind} normaliser")

@@ -38,6 +38,13 @@ def folders(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_mean_interval():
+    mean, half = common.mean_interval([1.0, 2.0, 3.0])
+    assert (mean, half) == (2.0, pytest.approx(4.303 / 3**0.5))
+    _, wide = common.mean_interval([float(i % 2) for i in range(11)])
+    assert wide == pytest.approx(2.228 * 0.5222 / 11**0.5, rel=0.01)
+
+
 def invent(jobs, path):
     """Lines as the runs would write them."""
     lines = []

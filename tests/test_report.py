@@ -9,13 +9,6 @@ import pytest
 from echo_min import report
 
 
-def test_mean_interval():
-    mean, half = report.mean_interval([1.0, 2.0, 3.0])
-    assert (mean, half) == (2.0, pytest.approx(4.303 / 3**0.5))
-    _, wide = report.mean_interval([float(i % 2) for i in range(11)])
-    assert wide == pytest.approx(2.228 * 0.5222 / 11**0.5, rel=0.01)
-
-
 @pytest.mark.parametrize("k", range(1, 7))
 @pytest.mark.parametrize("passed", range(7))
 def test_pass_at_k_is_the_share_of_k_trials_that_hold_a_passed_one(passed, k):

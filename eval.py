@@ -14,10 +14,10 @@ import json
 import sys
 import time
 from argparse import Namespace
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from math import isnan
 from pathlib import Path
 from statistics import fmean
@@ -36,29 +36,9 @@ from echo_min.terminal import TerminalDied, open_terminal
 from echo_min.worlds.harbor import harbor_tasks
 from echo_min.worlds.registry import load_tasks
 
-ON_A_PAGE = 20  # trials that --html shows, of those played now
-
-
-@dataclass
-class Trial:
-    """A line of trials.jsonl."""
-
-    task: str
-    member: int | str  # which of a task's sampled ones, or "greedy"
-    reward: float | None  # null where the infrastructure failed
-    stop: str
-    turns: int
-    action_tokens: int
-    observation_tokens: int
-    observation_nats: float
-    seconds: float  # in the terminal
-    error: str
-
-    @classmethod
-    def of(cls, e: Episode, member: int | str, logprobs: dict[int, float]) -> "Trial":
-        reward, count = None if isnan(e.reward) else e.reward, e.transcript.count
-        tokens, nats = (count(Role.ACTION), count(Role.OBSERVATION)), -sum(logprobs.values())
-        return cls(e.task.name, member, reward, str(e.stop), e.turns, *tokens, nats, e.seconds, e.error)
+# Of trials.jsonl. member: a sampled one's number, or "greedy"; reward: null where the infrastructure failed.
+COLUMNS = "task member reward stop turns action_tokens observation_tokens observation_nats seconds error"
+Trial = namedtuple("Trial", COLUMNS)
 
 
 def cli(argv: list[str] | None = None) -> None:
@@ -87,14 +67,16 @@ def run(args: Namespace) -> None:
     played = play(*policy, tasks, rows, args, config)
     for (_, member), e, text, logprobs in tqdm(played, args.agent, len(rows), disable=None, unit="trial"):
         tokens = report.tokens_with_surprise(policy[1], e.transcript, logprobs)
-        trials.append(Trial.of(e, member, logprobs))
+        reward, count = None if isnan(e.reward) else e.reward, e.transcript.count
+        counts = count(Role.ACTION), count(Role.OBSERVATION), -sum(logprobs.values())
+        trials.append(Trial(e.task.name, member, reward, str(e.stop), e.turns, *counts, e.seconds, e.error))
         if args.out:
             path = args.out / "transcripts" / f"{e.task.name}-{member}.txt"
             path.write_text(report.printable(text))
-            report.log(args.out / "trials.jsonl", asdict(trials[-1]))
+            report.log(args.out / "trials.jsonl", trials[-1]._asdict())
         if tokens and len(shown) < args.show:
             shown.append(f"\n--- {e.task.name}: reward {e.reward:g}, {e.stop}\n{report.ansi(tokens)}")
-        if args.html and len(points) < ON_A_PAGE:
+        if args.html and len(points) < 20:
             points.append(page.point(e, tokens, arm="policy", step=len(points), member=member))
             page.write(args.html, f"{folder}, {args.tasks}", points)
     names = {tasks[i].name for i in chosen}  # --out may hold more

@@ -46,9 +46,9 @@ def tracker_package(config: Config):
 @contextmanager
 def metrics_log(path: Path, arm: str, config: Config):
     """-> log(step, record): a line of metrics.jsonl, its numbers to the tracker, an alarm if there is one."""
-    package, options = tracker_package(config), {"name": f"{config.name}-{arm}", "config": asdict(config)}
+    package = tracker_package(config)
     try:
-        run = package and package.init(project="echo_min", **options)
+        run = package and package.init(project="echo_min", name=f"{config.name}-{arm}", config=asdict(config))
     except Exception as error:  # of another's network, account or disk
         raise RunEnded(f"tracker: {config.tracker} does not start: {error}") from None
     history = [r for r in read(path) if r.get("arm") == arm and "reward" in r]
@@ -115,13 +115,13 @@ def seen(records: list[dict], folder: Path) -> str:
     """What a run showed, in three sentences, and how to go on."""
     evaluated = [r for r in records if "pass_rate" in r]
     first, last = ({r["arm"]: r for r in some} for some in (evaluated[::-1], evaluated))
-    old, new = ({arm: r["expert_ce"] for arm, r in some.items()} for some in (first, last))
+    ce = {arm: (first[arm]["expert_ce"], r["expert_ce"]) for arm, r in last.items()}
     rates = " and ".join(f"{arm} passes {r['pass_rate']:.0%}" for arm, r in last.items())
-    ce = " and ".join(f"{old[arm]:.2f} to {new[arm]:.2f} under {arm}" for arm in last)
-    steps, tasks = (last[evaluated[0]["arm"]][key] for key in ("step", "eval_tasks"))
+    surprise = " and ".join(f"{old:.2f} to {new:.2f} under {arm}" for arm, (old, new) in ce.items())
+    end = last[evaluated[0]["arm"]]
     return (
-        f"After {steps} steps {rates} of {tasks} held-out tasks.\n"
-        f"The surprise at what the terminal prints (cross-entropy, nats a token) went from {ce}.\n"
+        f"After {end['step']} steps {rates} of {end['eval_tasks']} held-out tasks.\n"
+        f"The surprise at what the terminal prints (cross-entropy, nats a token) went from {surprise}.\n"
         f"Look at {folder}/index.html in a browser, then try other settings: source .venv/bin/activate, and"
         " python train.py --help."
     )
@@ -139,9 +139,9 @@ def draw_curves(records: list[dict], path: Path) -> None:
         steps = [r["step"] for r in points]
         for ax, key, line in lines:
             ax.plot(steps, [r[key] for r in points], line, color=COLOURS[arm], label=f"{arm} {key}")
-    titles = "held-out tasks", "the expert's observations, nats/token"
-    for ax, title, top in zip((left, right), titles, (1.02, None), strict=True):
-        ax.set(xlabel="step", title=title, ylim=(0, top))
+    left.set(xlabel="step", title="held-out tasks", ylim=(0, 1.02))
+    right.set(xlabel="step", title="the expert's observations, nats/token", ylim=(0, None))
+    for ax in (left, right):
         ax.legend()
     figure.savefig(path, dpi=150)
 
@@ -183,11 +183,11 @@ def ansi(tokens: list[Token]) -> str:
 
 
 def write_transcripts(path: Path, tokenizer, episodes: list) -> None:
-    """Plain text, one episode after the other, with the reward and what ended it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(transcript_text(tokenizer, e) for e in episodes))
 
 
 def transcript_text(tokenizer, e) -> str:
+    """Plain text, with the reward and what ended it."""
     head = f"=== {e.task.name}: reward {e.reward:g}, {e.stop}, {e.turns} turns {e.error}\n"
     return f"{head}{printable(tokenizer.decode(e.transcript.ids))}\n"

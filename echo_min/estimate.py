@@ -20,11 +20,10 @@ from echo_min.tiny import tiny_model, tiny_tokenizer
 
 GB, GPUS = 1e9, (24, 48, 80, 141)
 QWEN3 = dict(vocab_size=151936, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960)
-SMALL = dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16)
-LARGE = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32)
+SIZES = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings"
 PUBLISHED = {  # so that the presets need no hub
-    "Qwen/Qwen3-0.6B": QWEN3 | SMALL | dict(tie_word_embeddings=True),
-    "Qwen/Qwen3-8B": QWEN3 | LARGE | dict(tie_word_embeddings=False),
+    "Qwen/Qwen3-0.6B": (1024, 3072, 28, 16, True),
+    "Qwen/Qwen3-8B": (4096, 12288, 36, 32, False),
 }
 ASSUMED = {
     "filled": 0.5,  # share of the context that a rollout fills
@@ -42,7 +41,7 @@ def skeleton(name: str):
             config = tiny_model(tiny_tokenizer([]), 0).config
             config.vocab_size = 1024
         elif name in PUBLISHED:
-            config = Qwen3Config(**PUBLISHED[name])
+            config = Qwen3Config(**QWEN3, **dict(zip(SIZES, PUBLISHED[name], strict=True)))
         else:
             source, options = located(name)
             config = AutoConfig.from_pretrained(source, **options)
@@ -84,14 +83,13 @@ class Estimate:
             activations, again = self.layers * d * s, {"activations of one layer": tokens * self.kept}
         always = self.fixed | {"gradients": self.count * s}
         forward = always | {"activations": tokens * (activations + d * (4 + s))}  # the last norm's, too
-        inside = (tokens * (2 * self.mlp + d) + self.mlp * d) * s
         workspace = self.count * s if self.cuda else 2 * self.largest * s  # on CUDA of all weights at once
         if c.optimizer == "adamw8bit":
             workspace = 8 * self.largest  # measured: two float32 copies
-        rows = tokens * d * (2 * s + (4 if logits > room else s))
         at_head = {"logits": min(logits, room), "gradient of the head": head}
-        at_head |= {"hidden rows, and their gradient": rows}
-        in_layer = {"gradients inside the layer": inside, "gradient of the head": head * self.tied}
+        at_head["hidden rows, and their gradient"] = tokens * d * (2 * s + (4 if logits > room else s))
+        in_layer = {"gradients inside the layer": (tokens * (2 * self.mlp + d) + self.mlp * d) * s}
+        in_layer["gradient of the head"] = head * self.tied
         return {
             "loss head": forward | at_head,
             "backward of a layer": forward | again | in_layer,

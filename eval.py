@@ -14,8 +14,10 @@ import json
 import sys
 import time
 from argparse import Namespace
+from collections import Counter, namedtuple
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from math import isnan
 from pathlib import Path
 from statistics import fmean
@@ -34,23 +36,9 @@ from echo_min.terminal import TerminalDied, open_terminal
 from echo_min.worlds.harbor import harbor_tasks
 from echo_min.worlds.registry import load_tasks
 
-ON_A_PAGE = 20  # trials that --html shows, of those played now
-
-
-@dataclass
-class Trial:
-    """A line of trials.jsonl."""
-
-    task: str
-    member: int | str  # which of a task's sampled ones, or "greedy"
-    reward: float | None  # null where the infrastructure failed
-    stop: str
-    turns: int
-    action_tokens: int
-    observation_tokens: int
-    observation_nats: float
-    seconds: float  # in the terminal
-    error: str
+# Of trials.jsonl. member: a sampled one's number, or "greedy"; reward: null where the infrastructure failed.
+COLUMNS = "task member reward stop turns action_tokens observation_tokens observation_nats seconds error"
+Trial = namedtuple("Trial", COLUMNS)
 
 
 def cli(argv: list[str] | None = None) -> None:
@@ -70,32 +58,27 @@ def run(args: Namespace) -> None:
     have = {(t.task, t.member) for t in trials}
     greedy = ["greedy"] if folder and args.tasks.startswith("world:") else []
     rows = [(i, m) for m in [*range(args.k), *greedy] for i in chosen if (tasks[i].name, m) not in have]
-    if args.html and not rows:
-        raise ValueError(f"--html shows trials as they are played; {args.out} holds them all: remove --out")
     if args.html:
+        if not rows:
+            has = f"{args.out} holds them all"
+            raise ValueError(f"--html shows trials as they are played; {has}: remove --out")
         args.html.parent.mkdir(parents=True, exist_ok=True)
-    policy = checkpoint.load_policy(folder, config.device, config.dtype) if folder and rows else None
-    with tqdm(total=len(rows), desc=args.agent, disable=None, unit="trial") as bar:
-        while rows:
-            alike = [row for row in rows if (row[1] == "greedy") == (rows[0][1] == "greedy")]
-            part = alike[: config.terminals]
-            played = play(*policy, tasks, part, args, config) if policy else script(tasks, part, args, config)
-            for (_, member), (e, text, logprobs) in zip(part, played, strict=True):
-                trials.append(trial(e, member, -sum(logprobs.values())))
-                if args.out:
-                    path = args.out / "transcripts" / f"{e.task.name}-{member}.txt"
-                    path.parent.mkdir(exist_ok=True)
-                    path.write_text(report.printable(text))
-                    report.log(args.out / "trials.jsonl", asdict(trials[-1]))
-                tokens = report.tokens_with_surprise(policy[1], e.transcript, logprobs) if policy else []
-                if len(shown) < args.show * bool(policy):
-                    shown.append(f"\n--- {e.task.name}: reward {e.reward:g}, {e.stop}\n{report.ansi(tokens)}")
-                if len(points) < ON_A_PAGE:
-                    points.append(page.point(e, tokens, arm="policy", step=len(points), member=member))
-            if args.html:
-                page.write(args.html, f"{folder}, {args.tasks}", points)
-            rows = rows[len(part) :]
-            bar.update(len(part))
+    policy = checkpoint.load_policy(folder, config.device, config.dtype) if folder and rows else (None, None)
+    played = play(*policy, tasks, rows, args, config)
+    for (_, member), e, text, logprobs in tqdm(played, args.agent, len(rows), disable=None, unit="trial"):
+        tokens = report.tokens_with_surprise(policy[1], e.transcript, logprobs)
+        reward, count = None if isnan(e.reward) else e.reward, e.transcript.count
+        counts = count(Role.ACTION), count(Role.OBSERVATION), -sum(logprobs.values())
+        trials.append(Trial(e.task.name, member, reward, str(e.stop), e.turns, *counts, e.seconds, e.error))
+        if args.out:
+            path = args.out / "transcripts" / f"{e.task.name}-{member}.txt"
+            path.write_text(report.printable(text))
+            report.log(args.out / "trials.jsonl", trials[-1]._asdict())
+        if tokens and len(shown) < args.show:
+            shown.append(f"\n--- {e.task.name}: reward {e.reward:g}, {e.stop}\n{report.ansi(tokens)}")
+        if args.html and len(points) < 20:
+            points.append(page.point(e, tokens, arm="policy", step=len(points), member=member))
+            page.write(args.html, f"{folder}, {args.tasks}", points)
     names = {tasks[i].name for i in chosen}  # --out may hold more
     print(*summary([t for t in trials if t.task in names], args.k, len(names)), sep="\n")
     print(*[f"\n{report.LEGEND}"] * bool(shown), *shown, sep="\n")
@@ -109,29 +92,30 @@ def settings(args: Namespace) -> tuple[Config, Path | None]:
         saved = folder / "echo_min.json"
         if saved.exists() and args.preset:
             raise ValueError(f"{folder} has settings of its own: remove --preset")
-        if not saved.exists() and not args.preset:
+        if args.preset:  # trained on nothing that is here
+            config = Config(**PRESETS[args.preset] | {"tasks": "world:"})
+        elif saved.exists():
+            config = Config.load(saved)
+        else:
             lacks = f"{folder}: no echo_min.json says how to prompt it and what fits its context"
             raise ValueError(f"{lacks}; pass --preset, one of {', '.join(PRESETS)}")
-        published = PRESETS.get(args.preset, {}) | {"tasks": "world:"}  # trained on nothing that is here
-        config = Config.load(saved) if saved.exists() else Config(**published)
         config = on_this_machine(replace(config, device="auto"))
     args.tasks = args.tasks or PRESETS.get(args.preset, {}).get("tasks") or config.tasks
-    given = {name: getattr(args, name) for name in ("terminals", "temperature", "max_turns", "seed")}
-    if args.backend == "docker" and args.terminals is None:
-        given["terminals"] = 4
-    given = {name: value for name, value in given.items() if value is not None}
-    return replace(config, backend=args.backend, **given), folder
+    names = "backend", "terminals", "temperature", "max_turns", "seed"
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return replace(config, **({"terminals": 4} if args.backend == "docker" else {}) | given), folder
 
 
 def load(args: Namespace, config: Config) -> tuple[list[Task], list[int]]:
     """-> tasks, and which of them to play: of a folder not those that the policy was trained on."""
+    trained = []
     if args.tasks.startswith("world:"):
-        tasks, trained = load_tasks(args.tasks, args.allow_network, config.seed).held_out, []
+        tasks = load_tasks(args.tasks, args.allow_network, config.seed).held_out
     else:
-        tasks, trained = harbor_tasks(Path(args.tasks), args.allow_network, args.strict), []
+        tasks = harbor_tasks(Path(args.tasks), args.allow_network, args.strict)
         if Path(config.tasks).is_dir():
-            world = load_tasks(config.tasks, config.allow_network, config.seed)
-            folders = {task.environment.folder for task in world.train}
+            train = load_tasks(config.tasks, config.allow_network, config.seed).train
+            folders = {task.environment.folder for task in train}
             trained = [i for i, task in enumerate(tasks) if task.environment.folder in folders]
         elif not config.tasks.startswith("world:"):
             print(f"what it was trained on is not here ({config.tasks}): plays all tasks")
@@ -147,20 +131,25 @@ def load(args: Namespace, config: Config) -> tuple[list[Task], list[int]]:
     return tasks, chosen
 
 
-def play(model, tokenizer, tasks: list[Task], part: list[tuple], args, config: Config) -> list[tuple]:
-    """An episode of each (task, member) in `part`. -> for each: it, its text, its observations' log-probs."""
-    key = None if part[0][1] == "greedy" else (Noise.SCORING, config.seed)
-    with enough_memory("pass a lower --terminals"):
-        episodes = sample_episodes(model, tokenizer, tasks, args.k, config, key, part)
-        logprobs = observation_logprobs(model, [e.transcript for e in episodes], config)
-    texts = [report.transcript_text(tokenizer, e) for e in episodes]
-    return list(zip(episodes, texts, logprobs, strict=True))
-
-
-def script(tasks: list[Task], part: list[tuple], args, config: Config) -> list[tuple]:
-    """As `play`, with the tasks' own solutions, or nothing, instead of a policy."""
-    with ThreadPoolExecutor(config.terminals) as pool:
-        return list(pool.map(lambda row: (*scripted(args.agent, tasks[row[0]], config.backend), {}), part))
+def play(model, tokenizer, tasks: list[Task], rows: list[tuple], args, config: Config) -> Iterator[tuple]:
+    """Each (index of a task, member), by the policy, or by args.agent if there is none: as many at a time as
+    there are terminals. -> it, its episode, text to keep, log-probabilities of its observations."""
+    while rows:
+        greedy = rows[0][1] == "greedy"
+        part = [row for row in rows if (row[1] == "greedy") == greedy][: config.terminals]
+        rows = rows[len(part) :]
+        if model:
+            with enough_memory("pass a lower --terminals"):
+                key = None if greedy else (Noise.SCORING, config.seed)
+                episodes = sample_episodes(model, tokenizer, tasks, args.k, config, key, part)
+                logprobs = observation_logprobs(model, [e.transcript for e in episodes], config)
+            texts = [report.transcript_text(tokenizer, e) for e in episodes]
+        else:
+            with ThreadPoolExecutor(config.terminals) as pool:
+                done = pool.map(lambda row: scripted(args.agent, tasks[row[0]], config.backend), part)
+                episodes, texts = zip(*done, strict=True)
+            logprobs = [{}] * len(part)
+        yield from zip(part, episodes, texts, logprobs, strict=True)
 
 
 def scripted(agent: str, task: Task, backend: str) -> tuple[Episode, str]:
@@ -182,17 +171,9 @@ def scripted(agent: str, task: Task, backend: str) -> tuple[Episode, str]:
     return episode, said
 
 
-def trial(e: Episode, member: int | str, nats: float) -> Trial:
-    reward, count = None if isnan(e.reward) else e.reward, e.transcript.count
-    tokens = count(Role.ACTION), count(Role.OBSERVATION)
-    return Trial(e.task.name, member, reward, str(e.stop), e.turns, *tokens, nats, e.seconds, e.error)
-
-
 def kept_trials(args: Namespace, config: Config, checkpoint_folder: Path | None) -> list[Trial]:
     """What --out holds of an interrupted evaluation, without the trials in which the infrastructure failed.
-
-    Raises ValueError if it holds another evaluation, or a file that can't be read.
-    """
+    Raises ValueError if it holds another evaluation, or a file that can't be read."""
     now = {name: str(getattr(args, name)) for name in ("agent", "tasks", "allow_network")}
     now |= {"checkpoint": str(checkpoint_folder)} if checkpoint_folder else {}
     counted = "seed backend temperature max_turns harness context max_action_tokens output_chars dtype"
@@ -204,11 +185,11 @@ def kept_trials(args: Namespace, config: Config, checkpoint_folder: Path | None)
         raise ValueError(f"{path}: not the settings of an evaluation ({error}): pass a new --out") from None
     if changed := [name for name in now | old if old.get(name) != now.get(name)]:
         raise ValueError(f"{path}: an evaluation with another {', '.join(changed)}: pass a new --out")
-    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "transcripts").mkdir(parents=True, exist_ok=True)
     path.with_suffix(".tmp").write_text(json.dumps(now, indent=1) + "\n")
     path.with_suffix(".tmp").replace(path)
-    kept = checkpoint.truncate_metrics(args.out / "trials.jsonl", lambda t: Trial(**t).reward is not None)
-    return [Trial(**record) for record in kept]
+    graded = checkpoint.truncate_metrics(args.out / "trials.jsonl", lambda t: Trial(**t).reward is not None)
+    return [Trial(**record) for record in graded]
 
 
 def summary(trials: list[Trial], k: int, tasks: int) -> list[str]:
@@ -221,12 +202,11 @@ def summary(trials: list[Trial], k: int, tasks: int) -> list[str]:
         rows["infra errors"] = f"{len(errors)} of {len(trials)} trials, in no rate: {errors[0]}"
     if not graded:
         raise RunEnded(f"no trial could be graded: {errors[0]}")
-    rows["pass@1 sampled"] = pass_rate(graded, 1, tasks)
-    rows[f"pass@{k} sampled"] = pass_rate(graded, k, tasks)
-    if greedy:
-        rows["pass@1 greedy"] = pass_rate(greedy, 1, tasks)
-    stops = (f"{reason} {sum(t.stop == reason for t in sampled) / len(sampled):.1%}" for reason in StopReason)
-    rows["stops"] = ", ".join(stops)
+    for name, some, of in (("1 sampled", graded, 1), (f"{k} sampled", graded, k), ("1 greedy", greedy, 1)):
+        if some:
+            rows[f"pass@{name}"] = pass_rate(some, of, tasks)
+    stops = Counter(t.stop for t in sampled)
+    rows["stops"] = ", ".join(f"{reason} {stops[reason] / len(sampled):.1%}" for reason in StopReason)
     for name in ("reward", "turns", "action_tokens", "observation_tokens", "seconds"):
         rows[f"mean {name.replace('_', ' ')}"] = f"{fmean(getattr(t, name) for t in graded):.3f}"
     if tokens := sum(t.observation_tokens for t in graded):
@@ -237,15 +217,13 @@ def summary(trials: list[Trial], k: int, tasks: int) -> list[str]:
 
 def pass_rate(graded: list[Trial], k: int, tasks: int) -> str:
     """pass@k of the tasks with at least k graded trials. Passed is a reward of at least 1."""
-    rewards: dict[str, list[float]] = {}
-    for t in graded:
-        rewards.setdefault(t.task, []).append(t.reward)
-    enough = [own for own in rewards.values() if len(own) >= k]
-    over = f"over {len(enough)} of {tasks} tasks, {sum(map(len, enough))} trials"
-    if not enough:
+    counts = {task: n for task, n in Counter(t.task for t in graded).items() if n >= k}
+    passed = Counter(t.task for t in graded if t.reward >= 1)
+    over = f"over {len(counts)} of {tasks} tasks, {sum(counts.values())} trials"
+    if not counts:
         return over
-    rates = [report.pass_at_k(sum(reward >= 1 for reward in own), len(own), k) for own in enough]
-    mean, low, high = report.rate_interval(rates, sum(len(own) // k for own in enough))
+    rates = [report.pass_at_k(passed[task], n, k) for task, n in counts.items()]
+    mean, low, high = report.rate_interval(rates, sum(n // k for n in counts.values()))
     return f"{mean:.3f} [{low:.3f}, {high:.3f}] {over}"
 
 

@@ -52,13 +52,9 @@ def located(name: str) -> tuple[str, dict]:
     return name, {"gguf_file": files[0].name} if files else {}
 
 
-def load_policy(
-    name: str | Path, device: str = "cpu", dtype: str = "float32", gradient_checkpointing: bool = False
-):
+def load_policy(name: str | Path, device="cpu", dtype="float32", gradient_checkpointing=False):
     """-> (model, tokenizer) from a folder, a Hugging Face name, or an installed package with a GGUF file.
-
-    Raises ValueError saying what is wrong.
-    """
+    Raises ValueError saying what is wrong."""
     source, options = located(str(name))
     with foreign(f"{name}: neither a checkpoint folder nor a model that can be fetched"):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
@@ -103,8 +99,7 @@ def only_writer(folder: Path):
 
 
 def claim(folder: Path, config: Config) -> None:
-    """Make `folder` the folder of this run. Raises ValueError if what is saved in it was made with other
-    settings, MAY_CHANGE apart, or has more steps."""
+    """Make `folder` this run's. ValueError if it has more steps or, MAY_CHANGE apart, other settings."""
     for path in sorted(folder.rglob("echo_min.json")):
         old, new = asdict(Config.load(path)), asdict(config)
         fixed = OF_BASE if path.parent.name == "base" else new.keys() - set(MAY_CHANGE)
@@ -116,17 +111,16 @@ def claim(folder: Path, config: Config) -> None:
     config.save(folder / "config.json")
 
 
-def publish(model, tokenizer, folder: Path, config: Config, **extra) -> None:
+def publish(model, tokenizer, folder: Path, config: Config, optimizer=None) -> None:
     """Write the policy to `folder`, which appears complete or not at all, with the Config it was made under.
-    extra: name -> object, saved as name.pt. Raises OSError."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    Raises OSError."""
     new = folder.with_name(folder.name + ".tmp")
     try:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         config.save(new / "echo_min.json")
-        for name, state in extra.items():
-            torch.save(state, new / f"{name}.pt")
+        if optimizer:
+            torch.save(optimizer.state_dict(), new / "optimizer.pt")
         for file in filter(Path.is_file, new.rglob("*")):  # on disk before the rename that makes it the truth
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
@@ -140,7 +134,7 @@ def publish(model, tokenizer, folder: Path, config: Config, **extra) -> None:
 
 def save(arm: Path, step: int, model, tokenizer, optimizer, config: Config) -> None:
     """Checkpoint after `step` completed steps; once it is whole, only the one before stays beside it."""
-    publish(model, tokenizer, arm / f"step-{step:06d}", config, optimizer=optimizer.state_dict())
+    publish(model, tokenizer, arm / f"step-{step:06d}", config, optimizer)
     for _, old in checkpoints(arm)[:-2]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -156,10 +150,8 @@ def latest(arm: Path) -> tuple[int, Path] | None:
 
 def restore(folder: Path, arm: str, config: Config):
     """-> (steps done, model, tokenizer, optimizer) of an arm's newest checkpoint, or None steps and the base.
-
     One that can't be read is set aside, with a warning, for the one before. Raises ValueError if none can, or
-    if metrics.jsonl does not tell of every step done; what it tells of later ones is dropped.
-    """
+    if metrics.jsonl does not tell of every step done; what it tells of later ones is dropped."""
     saved, torn = checkpoints(folder / arm), {}
     for done, path in saved[::-1] or [(None, folder / "base" if config.makes_base else config.model)]:
         try:
@@ -191,9 +183,7 @@ def keep_history(folder: Path, arm: str, last: int) -> None:
 
 def truncate_metrics(path: Path, keep) -> list[dict]:
     """Drop the lines for which keep(line as a dict) is false, and a last one that a kill cut. -> the rest.
-
-    Raises ValueError naming a line that is not JSON, or lacks what `keep` reads.
-    """
+    Raises ValueError naming a line that is not JSON, or lacks what `keep` reads."""
     if not path.exists():
         return []
     lines, kept = path.read_bytes().split(b"\n"), []  # the last is empty, or cut short
@@ -203,9 +193,8 @@ def truncate_metrics(path: Path, keep) -> list[dict]:
                 kept.append((line + b"\n", record))
         except (ValueError, TypeError, KeyError):
             if number < len(lines):
-                problem = f"{path}, line {number}: not JSON, or lacks a field; mend or remove it, then go on"
-                raise ValueError(problem) from None
-    new = path.with_suffix(".tmp")
-    new.write_bytes(b"".join(line for line, _ in kept))
-    os.replace(new, path)
+                odd = f"{path}, line {number}: not JSON, or lacks a field"
+                raise ValueError(f"{odd}; mend or remove it, then go on") from None
+    path.with_suffix(".tmp").write_bytes(b"".join(line for line, _ in kept))
+    path.with_suffix(".tmp").replace(path)
     return [record for _, record in kept]

@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -52,21 +51,8 @@ def boolean(text: str) -> bool:
 
 
 def run(main: Callable[[Config, Path, threading.Event], None], config: Config, folder: Path) -> None:
-    """main(settings, run folder, event set by the first Ctrl-C or SIGTERM), with errors as one line."""
-    try:
-        with interruptible() as interrupted:
-            main(config, folder, interrupted)
-    except (ValueError, OSError, RunEnded, KeyboardInterrupt) as error:
-        problem = " ".join(str(error).split()) or "interrupted"
-        if (folder / "config.json").exists() and not isinstance(error, ValueError):  # nothing to mend first
-            script = "figures/controls.py" if config.control else "train.py"
-            problem += f"; what is saved stays: python {script} --resume {folder}"
-        sys.exit(f"train.py: {problem}")
-
-
-@contextmanager
-def interruptible():
-    """-> an event that the first Ctrl-C or SIGTERM sets; a second one raises KeyboardInterrupt."""
+    """main(settings, run folder, event set by the first Ctrl-C or SIGTERM), with errors as one line. A second
+    signal raises KeyboardInterrupt."""
     interrupted = threading.Event()
 
     def on_signal(*_) -> None:
@@ -77,7 +63,13 @@ def interruptible():
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield interrupted
+        main(config, folder, interrupted)
+    except (ValueError, OSError, RunEnded, KeyboardInterrupt) as error:
+        problem = " ".join(str(error).split()) or "interrupted"
+        if (folder / "config.json").exists() and not isinstance(error, ValueError):  # nothing to mend first
+            script = "figures/controls.py" if config.control else "train.py"
+            problem += f"; what is saved stays: python {script} --resume {folder}"
+        sys.exit(f"train.py: {problem}")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

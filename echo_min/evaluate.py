@@ -38,9 +38,8 @@ class Examination:
         for way, noise in (("", key), ("_greedy", None)):
             episodes = sample_episodes(self.model, self.tokenizer, self.tasks, 1, self.config, noise)
             rewards = graded(episodes)
-            passed = sum(reward >= 1 for reward in rewards) / len(rewards)
-            self.last |= {f"pass_rate{way}": passed, f"mean_reward{way}": fmean(rewards)}
-            self.last["eval_tasks"] = len(rewards)
+            passed, mean = sum(reward >= 1 for reward in rewards) / len(rewards), fmean(rewards)
+            self.last |= {f"pass_rate{way}": passed, f"mean_reward{way}": mean, "eval_tasks": len(rewards)}
         greedy, i = episodes[self.shown], self.shown
         (logprobs,) = observation_logprobs(self.model, [greedy.transcript], self.config)
         own = report.tokens_with_surprise(self.tokenizer, greedy.transcript, logprobs)
@@ -57,8 +56,7 @@ def observation_logprobs(model, transcripts: list[Transcript], config: Config) -
         while len(part) > 1 and len(part) * max(map(len, part)) > config.prefill_tokens:
             part.pop()
         ids, roles, _ = pad(part)
-        observations = observation_mask(roles)
-        ids = ids.to(model.device)
+        ids, observations = ids.to(model.device), observation_mask(roles)
         nothing = torch.zeros_like(observations)
         _, logprobs = segment_logprobs(model, ids, ids, nothing, observations, config.logit_mb)
         found: list[dict[int, float]] = [{} for _ in part]
@@ -66,10 +64,6 @@ def observation_logprobs(model, transcripts: list[Transcript], config: Config) -
             found[b][t] = logprob
         out += found
     return out
-
-
-def observation_ce(model, transcripts: list[Transcript], config: Config) -> float:
-    return cross_entropy(observation_logprobs(model, transcripts, config))
 
 
 def cross_entropy(found: list[dict[int, float]]) -> float:

@@ -37,9 +37,8 @@ PARAMETER = re.compile(r"<parameter=(\w+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 
 def reply(command: str) -> str:
     """A command, or DONE, as a policy would have written it."""
-    parameter = f"<parameter=command>\n{command}\n</parameter>\n"
-    call = "<function=done>\n" if command == DONE else f"<function=bash>\n{parameter}"
-    return f"<think>\n\n</think>\n\n<tool_call>\n{call}</function>\n</tool_call>"
+    command = f"bash>\n<parameter=command>\n{command}\n</parameter>" if command != DONE else "done>"
+    return f"<think>\n\n</think>\n\n<tool_call>\n<function={command}\n</function>\n</tool_call>"
 
 
 def parse(reply: str) -> Action:

@@ -37,8 +37,8 @@ def enough_memory(advice: str = ""):
 def ran_out(error: Exception) -> bool:
     """Of memory, as torch, Python, CUDA and cuBLAS say it."""
     texts = "can't allocate memory", "can't start new thread", "CUDA error: out of memory", "ALLOC_FAILED"
-    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return memory or any(text in str(error) for text in texts)
+    memory = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, memory) or any(text in str(error) for text in texts)
 
 
 def lost_updates(config: Config) -> str:

@@ -16,14 +16,13 @@ from echo_min.masking import Role
 STYLE = """
 :root { color-scheme: light; font: 16px/1.5 system-ui, sans-serif; color: #24292f; background: #fbfaf8 }
 body { max-width: 85rem; margin: 0 auto; padding: 1.5rem } p { max-width: 85ch; margin: .5rem 0 1rem }
-h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.05rem; margin: 1.6rem 0 .6rem } small { color: #6b7280 }
+h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.05rem } h3 { font-size: 1rem; margin: 0 }
 div { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem }
-article, svg { background: white; border: 1px solid #e5e2dc; border-radius: 6px; padding: .7rem .9rem }
-article { border-top: 3px solid } h3 { font-size: 1rem; margin: 0 } select { font: inherit; max-width: 100% }
+article, svg { background: white; border: solid #e5e2dc; border-width: 3px 1px 1px; padding: .7rem .9rem }
 pre { font: 13px/1.65 ui-monospace, monospace; white-space: pre-wrap; margin: .6rem 0 1rem }
 pre span { border-radius: 2px; transition: background-color .4s, color .4s; overflow-wrap: anywhere }
 .action { color: #0b5cad; font-weight: 600 } .warning { color: #7a5200; background: #fdf0cf }
-.scaffold { color: #a3a9b1 } .step { stroke: #24292f; stroke-dasharray: 2 3 } line { stroke: #ece9e4 }
+.scaffold, small { color: #8a9098 } .step { stroke: #24292f; stroke-dasharray: 2 3 } line { stroke: #ece9e4 }
 nav { position: sticky; top: 0; display: flex; gap: 1rem; padding: .8rem 0; background: #fbfaf8 }
 input { flex: 1; max-width: 40rem; accent-color: #24292f } text { font-size: 13px; fill: #4b5563 }
 """
@@ -81,8 +80,8 @@ function columns(kind, name, policies) {  // policies: [name, colour, step -> po
       const point = find(step), read = point[kind].filter(written)
       const mean = read.reduce((sum, token) => sum + token[2], 0) / Math.max(1, read.length)
       head.textContent = training && policy !== 'base' ? `${policy}, step ${point.step}` : policy
-      facts.textContent = kind === 'own' ? `reward ${point.reward ?? 'none'}, ${point.stop}, ` : ''
-      facts.textContent += `surprise ${mean.toFixed(2)} nats a token`
+      const ended = kind === 'own' ? `reward ${point.reward ?? 'none'}, ${point.stop}, ` : ''
+      facts.textContent = `${ended}surprise ${mean.toFixed(2)} nats a token`
       write(pre, point[kind])
     })
   }

@@ -6,6 +6,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
+from importlib.util import find_spec
 from math import comb
 from pathlib import Path
 from statistics import fmean, variance
@@ -34,11 +35,9 @@ def tracker_package(config: Config):
     if config.tracker == "none":
         return None
     try:
-        package = import_module(config.tracker)
+        package = find_spec(config.tracker) and import_module(config.tracker)
     except Exception as error:  # of another's code
-        if not isinstance(error, ModuleNotFoundError) or error.name != config.tracker:
-            raise ValueError(f"tracker: {config.tracker} can't be imported: {error!r}") from error
-        package = None
+        raise ValueError(f"tracker: {config.tracker} can't be imported: {error!r}") from error
     if not hasattr(package, "init"):  # what is there may be a folder of its logs
         raise ValueError(f"tracker: pip install {config.tracker}; it is not here")
     return package
@@ -47,9 +46,9 @@ def tracker_package(config: Config):
 @contextmanager
 def metrics_log(path: Path, arm: str, config: Config):
     """-> log(step, record): a line of metrics.jsonl, its numbers to the tracker, an alarm if there is one."""
-    package, options = tracker_package(config), {"name": f"{config.name}-{arm}", "config": asdict(config)}
+    package = tracker_package(config)
     try:
-        run = package and package.init(project="echo_min", **options)
+        run = package and package.init(project="echo_min", name=f"{config.name}-{arm}", config=asdict(config))
     except Exception as error:  # of another's network, account or disk
         raise RunEnded(f"tracker: {config.tracker} does not start: {error}") from None
     history = [r for r in read(path) if r.get("arm") == arm and "reward" in r]
@@ -114,17 +113,14 @@ def rate_interval(rates: list[float], draws: int) -> tuple[float, float, float]:
 
 def seen(records: list[dict], folder: Path) -> str:
     """What a run showed, in three sentences, and how to go on."""
-    first, last = {}, {}
-    for r in records:
-        if "pass_rate" in r:
-            first.setdefault(r["arm"], r)
-            last[r["arm"]] = r
-    rates = " and ".join(f"{arm} passes {r['pass_rate']:.0%}" for arm, r in last.items())
+    evaluated = [r for r in records if "pass_rate" in r]
+    first, last = ({r["arm"]: r for r in some} for some in (evaluated[::-1], evaluated))
     ce = {arm: (first[arm]["expert_ce"], r["expert_ce"]) for arm, r in last.items()}
+    rates = " and ".join(f"{arm} passes {r['pass_rate']:.0%}" for arm, r in last.items())
     surprise = " and ".join(f"{old:.2f} to {new:.2f} under {arm}" for arm, (old, new) in ce.items())
-    steps, tasks = (next(iter(last.values()))[key] for key in ("step", "eval_tasks"))
+    end = last[evaluated[0]["arm"]]
     return (
-        f"After {steps} steps {rates} of {tasks} held-out tasks.\n"
+        f"After {end['step']} steps {rates} of {end['eval_tasks']} held-out tasks.\n"
         f"The surprise at what the terminal prints (cross-entropy, nats a token) went from {surprise}.\n"
         f"Look at {folder}/index.html in a browser, then try other settings: source .venv/bin/activate, and"
         " python train.py --help."
@@ -137,16 +133,15 @@ def draw_curves(records: list[dict], path: Path) -> None:
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.set(xlabel="step", title="held-out tasks", ylim=(0, 1.02))
-    right.set(xlabel="step", title="the expert's observations, nats/token")
     lines = (left, "pass_rate", "-"), (left, "pass_rate_greedy", ":"), (right, "expert_ce", "-")
     for arm in dict.fromkeys(r["arm"] for r in records):
         points = [r for r in records if r["arm"] == arm and "pass_rate" in r]
+        steps = [r["step"] for r in points]
         for ax, key, line in lines:
-            values = [r[key] for r in points]
-            ax.plot([r["step"] for r in points], values, line, color=COLOURS[arm], label=f"{arm} {key}")
+            ax.plot(steps, [r[key] for r in points], line, color=COLOURS[arm], label=f"{arm} {key}")
+    left.set(xlabel="step", title="held-out tasks", ylim=(0, 1.02))
+    right.set(xlabel="step", title="the expert's observations, nats/token", ylim=(0, None))
     for ax in (left, right):
-        ax.set_ylim(bottom=0)
         ax.legend()
     figure.savefig(path, dpi=150)
 
@@ -155,19 +150,11 @@ def collapse_alarm(history: list[dict], window: int = 20) -> str | None:
     """A warning when observation CE and command diversity have both fallen by a third over `window` steps
     while the reward has not risen: the policy may be choosing commands whose output is trivial to predict
     (paper, section 4)."""
-    if len(history) < 2 * window:
+    recent, keys = history[-2 * window :], ("observation_ce", "command_diversity", "reward")
+    if len(recent) < 2 * window or any("observation_ce" not in r for r in recent):  # a control's run
         return None
-    if any("observation_ce" not in r for r in history[-2 * window :]):  # a control's run
-        return None
-
-    def change(key: str) -> tuple[float, float]:
-        """-> its means over the window before and the last one."""
-        values = [r[key] for r in history[-2 * window :]]
-        return fmean(values[:window]), fmean(values[window:])
-
-    fell = all(now < 2 / 3 * old for old, now in map(change, ("observation_ce", "command_diversity")))
-    old, now = change("reward")
-    if fell and now <= old:
+    before, now = ([fmean(r[k] for r in part) for k in keys] for part in (recent[:window], recent[window:]))
+    if all(now[i] < 2 / 3 * before[i] for i in (0, 1)) and now[2] <= before[2]:
         return "observation CE and command diversity fall together while reward does not rise: collapse?"
 
 
@@ -185,22 +172,22 @@ def tokens_with_surprise(tokenizer, transcript: Transcript, logprobs: dict[int, 
 
 def ansi(tokens: list[Token]) -> str:
     """A transcript for a terminal, in the colours of LEGEND."""
-    out = []
+    styles, shown = {Role.ACTION: "1;34", Role.WARNING: "33", Role.SCAFFOLD: "2"}, ""
     for text, role, nats in tokens:
-        style = {Role.ACTION: "1;34", Role.WARNING: "33", Role.SCAFFOLD: "2"}.get(role, "0")
+        style = styles.get(role, "0")
         if role is Role.OBSERVATION:
             style = f"48;2;{50 + int(205 * min(1.0, nats / 5))};0;0;38;2;255;255;255"
             text = text.replace("\n", "⏎\n")
-        out.append(f"\x1b[{style}m{text}\x1b[0m")
-    return "".join(out)
+        shown += f"\x1b[{style}m{text}\x1b[0m"
+    return shown
 
 
 def write_transcripts(path: Path, tokenizer, episodes: list) -> None:
-    """Plain text, one episode after the other, with the reward and what ended it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(transcript_text(tokenizer, e) for e in episodes))
 
 
 def transcript_text(tokenizer, e) -> str:
+    """Plain text, with the reward and what ended it."""
     head = f"=== {e.task.name}: reward {e.reward:g}, {e.stop}, {e.turns} turns {e.error}\n"
     return f"{head}{printable(tokenizer.decode(e.transcript.ids))}\n"

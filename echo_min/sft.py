@@ -29,74 +29,65 @@ class Script:
         self.scripts = [iter(script) for script in scripts]
 
     def reply(self, episodes: list[int], new_ids: list[list[int]], max_new: int) -> list[Reply]:
-        replies = []
-        for episode in episodes:
-            text = harness.reply(next(self.scripts[episode], harness.DONE), self.style)
-            ids = encode(self.tokenizer, Role.ACTION, text)
-            ids.append(self.tokenizer.convert_tokens_to_ids(harness.END))
-            replies.append((ids, [0.0] * len(ids)))
-        return replies
+        end = self.tokenizer.convert_tokens_to_ids(harness.END)
+        typed = (harness.reply(next(self.scripts[episode], harness.DONE), self.style) for episode in episodes)
+        replies = [[*encode(self.tokenizer, Role.ACTION, text), end] for text in typed]
+        return [(ids, [0.0] * len(ids)) for ids in replies]
 
 
 def record(tokenizer, scripts: list[tuple[Task, list[str]]], config: Config) -> list[Episode]:
     """Play (task, commands) pairs in real terminals. -> one episode each. Raises RunEnded if one fails."""
     episodes = []
-    with tqdm(total=len(scripts), desc="demonstrations", disable=None) as bar:
-        for start in range(0, len(scripts), config.terminals):
-            part = scripts[start : start + config.terminals]
-            agent = Script(tokenizer, [commands for _, commands in part], config.harness)
-            episodes += rollout(agent, tokenizer, [Episode(task, 0) for task, _ in part], config)
-            if failed := [e for e in episodes[start:] if e.stop is StopReason.INFRA_ERROR]:
-                what = f"{len(failed)} of {len(part)} scripted episodes failed"
-                raise RunEnded(f"{what}: {failed[0].error}")
-            bar.update(len(part))
+    for start in tqdm(range(0, len(scripts), config.terminals), "demonstrations", disable=None):
+        part = scripts[start : start + config.terminals]
+        agent = Script(tokenizer, [commands for _, commands in part], config.harness)
+        episodes += rollout(agent, tokenizer, [Episode(task, 0) for task, _ in part], config)
+        if failed := [e for e in episodes[start:] if e.stop is StopReason.INFRA_ERROR]:
+            what = f"{len(failed)} of {len(part)} scripted episodes failed"
+            raise RunEnded(f"{what}: {failed[0].error}")
     return episodes
 
 
 def supervise(model, episodes: list[Episode], config: Config, action_weight: float = 1.0) -> None:
     """Minimise action_weight * CE(actions) + base_observation_weight * CE(observations), in place.
 
-    base_steps of AdamW on base_batch episodes, in forward passes of at most prefill_tokens; the learning
-    rate rises for a tenth of the steps, then falls, and is never 0.
-    Raises RunEnded if the gradient is not finite.
+    base_steps of AdamW on base_batch episodes, in forward passes of at most prefill_tokens; the learning rate
+    rises for a tenth of the steps, then falls, and is never 0. Raises RunEnded if a gradient is not finite.
     """
     rng = random.Random(f"supervise {config.seed}")
     optimizer = make_optimizer(model, config)
     plain = {"policy_norm": "sequence", "observation_norm": "observation"}  # whatever RL is told to try
     objective = replace(config, **plain, parsed_only=False, warnings_as_targets=False)
-    bar = tqdm(range(config.base_steps), desc="supervised", disable=None)
-    for step in bar:
+    for step in (bar := tqdm(range(config.base_steps), "supervised", disable=None)):
         done = (step + 0.5) / config.base_steps
         learning_rate = config.base_learning_rate * min(10 * done, (1 - done) / 0.9)
         batch = make_batch(rng.choices(episodes, k=config.base_batch), objective)
-        total_action_ce = total_observation_ce = 0.0
+        action_total = observation_total = 0.0
         for part in batch.micro_batches(config.prefill_tokens, model.device):
-            masks = part.action_mask, part.observation_mask
-            action, observation = segment_logprobs(model, part.ids, part.ids, *masks, config.logit_mb)
-            action_ce = echo_loss(action, part.action_weights[part.action_mask])
-            observation_ce = echo_loss(observation, part.observation_weights[part.observation_mask])
+            actions, observations = part.action_mask, part.observation_mask
+            logprobs = segment_logprobs(model, part.ids, part.ids, actions, observations, config.logit_mb)
+            action_ce = echo_loss(logprobs[0], part.action_weights[actions])
+            observation_ce = echo_loss(logprobs[1], part.observation_weights[observations])
             (action_weight * action_ce + config.base_observation_weight * observation_ce).backward()
-            total_action_ce += action_ce.item()
-            total_observation_ce += observation_ce.item()
+            action_total += action_ce.item()
+            observation_total += observation_ce.item()
         if not torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).isfinite():
             raise RunEnded(f"supervised step {step + 1}: gradient not finite; lower base_learning_rate")
         optimizer_step(optimizer, learning_rate, seed=config.seed * 1_000_003 + step)
-        bar.set_postfix_str(f"action CE {total_action_ce:.2f}, observation CE {total_observation_ce:.2f}")
+        bar.set_postfix_str(f"action CE {action_total:.2f}, observation CE {observation_total:.2f}")
 
 
 def make_base(config: Config, world: World, folder: Path) -> None:
     """The base policy, written to `folder`: supervised on weak demonstrations, it knows the world's form and
-    none of its facts. config.model tiny is made from scratch, its tokenizer trained on the tasks' words and
-    some demonstrations; another model is loaded.
-    """
+    none of its facts. The tiny model is made from scratch, with a tokenizer of its own; another is loaded."""
     rng = random.Random(f"base {config.seed}")
     demonstrations = [world.weak(rng) for _ in range(config.base_demonstrations)]
     if config.model == "tiny":
         tokenizer = trained_tokenizer(demonstrations[:200], world, config)
         model = tiny_model(tokenizer, config.seed).to(config.device)
     else:
-        checkpointing = config.gradient_checkpointing
-        model, tokenizer = load_policy(config.model, config.device, config.dtype, checkpointing)
+        made_as = config.device, config.dtype, config.gradient_checkpointing
+        model, tokenizer = load_policy(config.model, *made_as)
     supervise(model, record(tokenizer, demonstrations, config), config)
     publish(model, tokenizer, folder, config)
 

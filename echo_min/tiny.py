@@ -33,7 +33,6 @@ def tiny_model(tokenizer, seed: int) -> Qwen3ForCausalLM:
     """From random weights."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "max_position_embeddings": 2048}
-    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    sizes |= {"vocab_size": len(tokenizer), "tie_word_embeddings": True}
-    return Qwen3ForCausalLM(Qwen3Config(**sizes, **layers, **ids))
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return Qwen3ForCausalLM(Qwen3Config(**sizes, vocab_size=len(tokenizer), tie_word_embeddings=True))

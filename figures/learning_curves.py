@@ -17,7 +17,7 @@ import style
 from echo_min import checkpoint
 from echo_min.checkpoint import load_policy
 from echo_min.config import Config
-from echo_min.evaluate import expert_transcripts, observation_ce
+from echo_min.evaluate import cross_entropy, expert_transcripts, observation_logprobs
 from echo_min.machine import on_this_machine
 from echo_min.report import pass_at_k
 from echo_min.rollout import Episode, Noise, sample_episodes
@@ -112,7 +112,8 @@ def floor(key: str, config: Config) -> dict:
     rng = random.Random("expert")
     training = record(tokenizer, [(task, world.expert(task, rng)) for task in world.train], config)
     supervise(model, training, replace(config, base_observation_weight=1.0), action_weight=0.0)
-    ce = observation_ce(model, expert_transcripts(tokenizer, world, config), config)
+    expert = expert_transcripts(tokenizer, world, config)
+    ce = cross_entropy(observation_logprobs(model, expert, config))
     line = {"key": key, "config": common.digest(config), "arm": "floor", "seed": config.seed}
     return line | {"observation_ce": ce}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from echo_min.config import Config, RunEnded
-from echo_min.evaluate import Examination, expert_transcripts, graded, observation_ce, observation_logprobs
+from echo_min.evaluate import Examination, cross_entropy, expert_transcripts, graded, observation_logprobs
 from echo_min.masking import Role, Transcript
 from echo_min.rollout import Episode, Noise, StopReason, sample_episodes
 from echo_min.tasks import World
@@ -14,6 +14,10 @@ from echo_min.worlds.registry import load_world
 
 WORLD = load_world("tool", 1)
 CONFIG = Config(device="cpu", seed=5, eval_tasks=4, max_turns=1, max_action_tokens=5, context=400)
+
+
+def observation_ce(model, transcripts, config):
+    return cross_entropy(observation_logprobs(model, transcripts, config))
 
 
 

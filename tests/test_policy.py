@@ -14,7 +14,7 @@ from echo_min import checkpoint, policy
 from echo_min.batch import make_batch, pad
 from echo_min.checkpoint import load_policy
 from echo_min.config import Config, RunEnded
-from echo_min.evaluate import observation_ce
+from echo_min.evaluate import cross_entropy, observation_logprobs
 from echo_min.masking import Role, Transcript
 from echo_min.policy import marker_ids, segment_logprobs
 from echo_min.presets import PRESETS
@@ -148,11 +148,13 @@ def test_long_transcripts_are_scored_in_parts(model, monkeypatch):
         transcripts.append(Transcript())
         transcripts[-1].append(Role.PROMPT, [3])
         transcripts[-1].append(Role.OBSERVATION, [5 + i % 90 for i in range(n)])
-    whole, sizes, real = observation_ce(model, transcripts, Config()), [], model.base_model.forward
+    whole = cross_entropy(observation_logprobs(model, transcripts, Config()))
+    sizes, real = [], model.base_model.forward
     monkeypatch.setattr(
         model.base_model, "forward", lambda **given: sizes.append(given["input_ids"].numel()) or real(**given)
     )
-    assert observation_ce(model, transcripts, Config(prefill_tokens=100)) == pytest.approx(whole, abs=1e-5)
+    parts = observation_logprobs(model, transcripts, Config(prefill_tokens=100))
+    assert cross_entropy(parts) == pytest.approx(whole, abs=1e-5)
     assert len(sizes) > 3 and max(sizes) == 201 and sorted(sizes)[-2] <= 100
 
 

@@ -9,6 +9,7 @@ from math import isfinite
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from echo_min.config import Config, RunEnded
@@ -22,11 +23,9 @@ class RowCache(Cache):
 
     def __init__(self, limit: int):
         super().__init__(layers=[])
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
+        self.keys, self.values = [], []  # a tensor for each layer
         self.positions = None  # [n, T], where the coming forward pass, of the first n rows, writes
-        self.size = 0  # S: slots that it can see
-        self.limit = limit  # slots at most
+        self.size, self.limit = 0, limit  # S: slots that it can see; slots at most
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
         n = len(keys)
@@ -54,7 +53,6 @@ class Cached:
 
     length: int = 0  # tokens in the cache
     unread: list[int] = field(default_factory=list)  # the last sampled token, not in the cache yet
-    drawn: np.ndarray = field(default_factory=lambda: np.empty(0))  # noise that is still to be used
 
 
 class Sampler:
@@ -89,31 +87,31 @@ class Sampler:
             self._arrange(sorted(self.cached, key=lambda e: -len(new[e])))
         logits = self._read([new[e] for e in self.cached])
         replies: dict[int, Reply] = {e: ([], []) for e in episodes}
-        batch = going = list(self.cached)  # sampled from in one pass; those of them that have not ended
-        noise = self._draw(max_new)
+        batch, ended = list(self.cached), set()  # sampled from in one pass; those whose reply is complete
         for i in range(max_new):
-            tokens, logprobs = self._pick(logits, noise[:, i])
-            picked = dict(zip(batch, zip(tokens.tolist(), logprobs.tolist(), strict=True), strict=True))
-            for e in going:
-                replies[e][0].append(picked[e][0])
-                replies[e][1].append(picked[e][1])
-            if not all(isfinite(picked[e][1]) for e in going):
-                raise RunEnded("sampler: the logits are not finite; the policy has diverged")
-            going = [e for e in going if picked[e][0] not in self.end_ids]
+            noise = [0.0 if self.noise is None or e in ended else self.noise[e].random() for e in batch]
+            tokens, logprobs = self._pick(logits, noise)
+            for e, token, logprob in zip(batch, tokens.tolist(), logprobs.tolist(), strict=True):
+                if e in ended:
+                    continue
+                if not isfinite(logprob):
+                    raise RunEnded("sampler: the logits are not finite; the policy has diverged")
+                replies[e][0].append(token)
+                replies[e][1].append(logprob)
+                if token in self.end_ids:
+                    ended.add(e)
+            going = [e for e in batch if e not in ended]
             if not going or i + 1 == max_new:
                 break
             if 2 * len(going) <= len(batch) and max_new - i > WORTH:  # go on with a smaller batch
-                kept = [b for b, e in enumerate(batch) if e in going]
-                tokens, noise, batch = tokens[kept], noise[kept], going
+                tokens, batch = tokens[[b for b, e in enumerate(batch) if e not in ended]], going
                 self._arrange(batch + [e for e in self.cached if e not in batch])
             # a row whose reply has ended reads on at one place beyond its end: one shape for the whole batch
             places = [self.cached[e].length + min(len(replies[e][0]), i) for e in batch]
-            hidden = self._forward(tokens[:, None], torch.tensor(places)[:, None], max(places) + 1)
-            logits = self._logits(hidden[:, 0])
+            logits = self._logits(self._forward(tokens[:, None], torch.tensor(places)[:, None])[:, 0])
         for e, (ids, _) in replies.items():
             self.cached[e].length += len(ids) - 1
             self.cached[e].unread = ids[-1:]
-            self.cached[e].drawn = self.cached[e].drawn[len(ids) :]
         return [replies[e] for e in episodes]
 
     def _arrange(self, episodes: list[int]) -> None:
@@ -124,17 +122,7 @@ class Sampler:
             self.cache.arrange([row.get(e, 0) for e in episodes])
             self.cached = {e: self.cached.get(e) or Cached() for e in episodes}
 
-    def _draw(self, n: int) -> torch.Tensor:
-        """-> the next n uniform numbers of each row, float64[B, n]; greedy: anything."""
-        if self.noise is None:
-            return torch.empty(len(self.cached), n)
-        for e, state in self.cached.items():
-            more = self.noise[e].random(max(0, n - len(state.drawn)))
-            state.drawn = np.append(state.drawn, more)
-        drawn = np.stack([state.drawn[:n] for state in self.cached.values()])
-        return torch.from_numpy(drawn).to(self.model.device)
-
-    def _read(self, ids: list[list[int]]) -> torch.Tensor:
+    def _read(self, ids: list[list[int]]) -> Tensor:
         """Prefill every episode with its ids. -> logits[B, V] after each one's last. In parts of columns, of
         at most prefill_tokens with the padding; if there are several, ids come longest first."""
         cached, first, hidden = list(self.cached.values()), 0, None
@@ -145,7 +133,7 @@ class Sampler:
             lengths = torch.tensor([episode.length for episode in cached[:n]])
             # rows differ in length: the padding of a long one would end beyond the context
             positions = (lengths[:, None] + torch.arange(first, end)).clamp_max(self.cache.limit - 1)
-            out = self._forward(padded, positions, int(positions.max()) + 1)
+            out = self._forward(padded, positions)
             ends = [b for b in range(n) if len(ids[b]) <= end]
             hidden = out.new_empty(len(ids), out.shape[2]) if hidden is None else hidden
             hidden[ends] = out[ends, [len(parts[b]) - 1 for b in ends]]
@@ -154,25 +142,26 @@ class Sampler:
             episode.length += len(new)
         return self._logits(hidden)
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:
-        """ids[n, T] for the first n rows at positions[n, T], which see `size` slots. -> hidden[n, T, d]"""
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """ids[n, T] for the first n rows at positions[n, T]. -> hidden[n, T, d]"""
+        self.cache.size = int(positions.max()) + 1  # on the CPU still: nothing waits for the device
         ids, positions = ids.to(self.model.device), positions.to(self.model.device)
-        self.cache.positions, self.cache.size = positions, size
-        slots = torch.arange(size, device=ids.device)  # [S]
+        self.cache.positions = positions
+        slots = torch.arange(self.cache.size, device=ids.device)  # [S]
         visible = slots <= positions[:, None, :, None]  # [n, 1, T, S]
         where = {"position_ids": positions, "attention_mask": visible, "past_key_values": self.cache}
         return self.model.base_model(input_ids=ids, use_cache=True, **where).last_hidden_state
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _logits(self, hidden: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(hidden).float()
 
-    def _pick(self, logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pick(self, logits: Tensor, noise: list[float]) -> tuple[Tensor, Tensor]:
         """logits[B, V], noise[B] in [0, 1) -> tokens[B], their logprobs[B]."""
         logprobs = torch.log_softmax(logits / self.config.temperature, -1)
         if self.noise is None:
             tokens = logits.argmax(-1)
         else:
             cdf = logprobs.double().exp().cumsum(-1)
-            tokens = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:]).squeeze(1)
-            tokens = tokens.clamp_max(logits.shape[1] - 1)
+            share = torch.tensor(noise, dtype=cdf.dtype, device=cdf.device)[:, None]
+            tokens = torch.searchsorted(cdf, share * cdf[:, -1:]).squeeze(1).clamp_max(logits.shape[1] - 1)
         return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)

@@ -68,8 +68,7 @@ def make_batch(episodes: list, config: Config) -> Batch:
 
 
 def pad(transcripts: list[Transcript]) -> tuple[Tensor, Tensor, Tensor]:
-    """-> ids[B, T] int64, roles[B, T] int8, logprobs[B, T] float32. Padding has the role SCAFFOLD, which no
-    loss reads."""
+    """-> ids[B, T] int64, roles[B, T] int8, logprobs[B, T] float32. Padding is SCAFFOLD: no loss reads it."""
 
     def padded(name: str, dtype: torch.dtype, padding: int = 0) -> Tensor:
         rows = [torch.tensor(getattr(transcript, name), dtype=dtype) for transcript in transcripts]

@@ -1,10 +1,9 @@
 """The conversation: how a task becomes a prompt, a reply an action, and a command's output the next message.
 
 Everything here is text with a role; ids are made elsewhere. The template is ChatML; messages are appended and
-never rendered again, so earlier thinking stays in context. Two styles, Config's `harness`:
-
-plain: a reply is one bash command as it would be typed, or the word `done`.
-qwen: the paper's; a reply is thinking and one tool call (harness_qwen.py).
+never rendered again, so earlier thinking stays in context. Two styles, Config's `harness`: plain, where a
+reply is one bash command as it would be typed, or the word `done`; and qwen, the paper's, where a reply is
+thinking and one tool call (harness_qwen.py).
 """
 
 from echo_min import harness_qwen as qwen

@@ -4,7 +4,6 @@ Rows have different lengths and are not padded on the left: each row writes at i
 padding lands beyond its end, where no query looks (key position <= query position) before it is overwritten.
 """
 
-from dataclasses import dataclass, field
 from math import isfinite
 
 import numpy as np
@@ -35,8 +34,7 @@ class RowCache(Cache):
             old = store[layer_idx]
             if old.shape[2] < self.size:  # doubled, so that growing stays rare
                 slots = min(max(-(-self.size // 64) * 64, 2 * old.shape[2]), self.limit)
-                store[layer_idx] = new.new_zeros(*old.shape[:2], slots, old.shape[3])
-                store[layer_idx][:, :, : old.shape[2]] = old
+                store[layer_idx] = torch.nn.functional.pad(old, (0, 0, 0, slots - old.shape[2]))
             store[layer_idx][:n].scatter_(2, self.positions[:, None, :, None].expand_as(new), new)
         return self.keys[layer_idx][:n, :, : self.size], self.values[layer_idx][:n, :, : self.size]
 
@@ -45,14 +43,6 @@ class RowCache(Cache):
         for store in (self.keys, self.values):
             for i, old in enumerate(store):
                 store[i] = old[rows]
-
-
-@dataclass
-class Cached:
-    """What a sampler knows of an episode in its cache."""
-
-    length: int = 0  # tokens in the cache
-    unread: list[int] = field(default_factory=list)  # the last sampled token, not in the cache yet
 
 
 class Sampler:
@@ -69,25 +59,24 @@ class Sampler:
                 raise ValueError(f"model: it has layers of {kind}; the sampler's cache is for full attention")
         # no less than 512: padding may be that far out, and results depend on the width seen, by rounding
         self.cache = RowCache(max(config.context, 512))
-        self.cached: dict[int, Cached] = {}  # in the cache's order
+        self.length: dict[int, int] = {}  # episode -> tokens in the cache; in the order of its rows
+        self.unread: dict[int, list[int]] = {}  # episode -> the last sampled token, not in the cache yet
 
     @torch.inference_mode()
     def reply(self, episodes: list[int], new_ids: list[list[int]], max_new: int) -> list[Reply]:
         """Append new_ids to the given episodes and sample a reply to each: at most max_new tokens, up to and
         with the first end id. Episodes that are new enter the cache, those left out are finished and leave.
-
-        Raises RunEnded if the model's logits are not finite, ValueError if the context can't hold a reply.
-        """
-        held = [e for e in self.cached if e in episodes]
+        Raises RunEnded if the model's logits are not finite, ValueError if the context can't hold a reply."""
+        held = [e for e in self.length if e in episodes]
         self._arrange(held + [e for e in episodes if e not in held])
-        new = {e: self.cached[e].unread + ids for e, ids in zip(episodes, new_ids, strict=True)}
-        if max(self.cached[e].length + len(ids) for e, ids in new.items()) + max_new > self.config.context:
+        new = {e: self.unread.get(e, []) + ids for e, ids in zip(episodes, new_ids, strict=True)}
+        if max(self.length[e] + len(ids) for e, ids in new.items()) + max_new > self.config.context:
             raise ValueError(f"context: {self.config.context} tokens do not hold a reply of {max_new}")
         if len(new) * max(map(len, new.values())) > self.config.prefill_tokens:
-            self._arrange(sorted(self.cached, key=lambda e: -len(new[e])))
-        logits = self._read([new[e] for e in self.cached])
+            self._arrange(sorted(self.length, key=lambda e: -len(new[e])))
+        logits = self._read([new[e] for e in self.length])
         replies: dict[int, Reply] = {e: ([], []) for e in episodes}
-        batch, ended = list(self.cached), set()  # sampled from in one pass; those whose reply is complete
+        batch, ended = list(self.length), set()  # sampled from in one pass; those whose reply is complete
         for i in range(max_new):
             noise = [0.0 if self.noise is None or e in ended else self.noise[e].random() for e in batch]
             tokens, logprobs = self._pick(logits, noise)
@@ -105,32 +94,31 @@ class Sampler:
                 break
             if 2 * len(going) <= len(batch) and max_new - i > WORTH:  # go on with a smaller batch
                 tokens, batch = tokens[[b for b, e in enumerate(batch) if e not in ended]], going
-                self._arrange(batch + [e for e in self.cached if e not in batch])
+                self._arrange(batch + [e for e in self.length if e not in batch])
             # a row whose reply has ended reads on at one place beyond its end: one shape for the whole batch
-            places = [self.cached[e].length + min(len(replies[e][0]), i) for e in batch]
+            places = [self.length[e] + min(len(replies[e][0]), i) for e in batch]
             logits = self._logits(self._forward(tokens[:, None], torch.tensor(places)[:, None])[:, 0])
-        for e, (ids, _) in replies.items():
-            self.cached[e].length += len(ids) - 1
-            self.cached[e].unread = ids[-1:]
+        self.unread = {e: ids[-1:] for e, (ids, _) in replies.items()}
+        self.length = {e: n + len(replies[e][0]) - 1 for e, n in self.length.items()}
         return [replies[e] for e in episodes]
 
     def _arrange(self, episodes: list[int]) -> None:
         """Let the cache's rows hold these episodes, in this order. A newcomer gets a copy of some row, of
         which it sees nothing."""
-        row = {e: b for b, e in enumerate(self.cached)}
-        if episodes != list(self.cached):
+        row = {e: b for b, e in enumerate(self.length)}
+        if episodes != list(self.length):
             self.cache.arrange([row.get(e, 0) for e in episodes])
-            self.cached = {e: self.cached.get(e) or Cached() for e in episodes}
+            self.length = {e: self.length.get(e, 0) for e in episodes}
 
     def _read(self, ids: list[list[int]]) -> Tensor:
         """Prefill every episode with its ids. -> logits[B, V] after each one's last. In parts of columns, of
         at most prefill_tokens with the padding; if there are several, ids come longest first."""
-        cached, first, hidden = list(self.cached.values()), 0, None
+        first, hidden = 0, None
         while n := sum(len(new) > first for new in ids):
             end = min(len(max(ids, key=len)), first + max(1, self.config.prefill_tokens // n))
             parts = [new[first:end] for new in ids[:n]]
             padded = torch.tensor([part + [0] * (end - first - len(part)) for part in parts])
-            lengths = torch.tensor([episode.length for episode in cached[:n]])
+            lengths = torch.tensor([*self.length.values()][:n])
             # rows differ in length: the padding of a long one would end beyond the context
             positions = (lengths[:, None] + torch.arange(first, end)).clamp_max(self.cache.limit - 1)
             out = self._forward(padded, positions)
@@ -138,8 +126,7 @@ class Sampler:
             hidden = out.new_empty(len(ids), out.shape[2]) if hidden is None else hidden
             hidden[ends] = out[ends, [len(parts[b]) - 1 for b in ends]]
             first = end
-        for episode, new in zip(cached, ids, strict=True):
-            episode.length += len(new)
+        self.length = {e: n + len(new) for (e, n), new in zip(self.length.items(), ids, strict=True)}
         return self._logits(hidden)
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:

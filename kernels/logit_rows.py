@@ -28,15 +28,12 @@ LOWEST = torch.finfo(torch.float32).min  # where a running maximum starts: -inf 
 
 
 class Stats(NamedTuple):
-    """What is known of each row after some of its columns, each [n], float32 or float64.
-
-    xmax is the largest logit, total the sum of exp((x - xmax) / tau). lse = xmax / tau + log total stays in
-    these two parts: huge logits would round their sum away.
-    """
+    """What is known of each row after some of its columns, each [n], float32 or float64. lse = xmax / tau +
+    log total stays in these two parts: huge logits would round their sum away."""
 
     chosen: Tensor  # the target's logit, once its column was seen
-    xmax: Tensor
-    total: Tensor
+    xmax: Tensor  # the largest logit
+    total: Tensor  # the sum of exp((x - xmax) / tau)
 
     @classmethod
     def empty(cls, inv_tau: Tensor):
@@ -46,9 +43,7 @@ class Stats(NamedTuple):
         return (self.chosen - self.xmax) * inv_tau - self.total.log()
 
 
-# ---- in Triton: one program a row ----
-
-if triton:
+if triton:  # one program a row
     TL_LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
 
     @triton.jit
@@ -120,8 +115,7 @@ def backward_rows_(x: Tensor, src: Tensor | None, y, inv_tau, xmax, logsum, g, f
     """Writes G of row i over x[i] for i < n = len(g), reading the logits of row src[i] (None: row i).
 
     y, inv_tau, xmax, logsum and g, each [n], are in the order of the output rows. A source row at n or beyond
-    is never written and one below n is its own output, so nothing is overwritten before it is read.
-    """
+    is never written and one below n is its own output, so nothing is overwritten before it is read."""
     n, V = len(g), x.shape[1]
     if uses_triton(x):
         args = x, g if src is None else src, y, inv_tau, xmax, logsum, g, first, V

@@ -17,9 +17,8 @@ dW, left to the vendor's library), one read of the logits in forward, one read a
 Memory: logits that fit in `logit_bytes` are kept from forward to backward, where G is written over them.
 Beyond it they are computed in slices of the vocabulary, and once more in backward: a fourth GEMM for a
 bounded buffer. A slice owns its rows of dW; only dh[N, d] adds up over slices, in float32. Prompt and padding
-never reach the head; rows with g = 0 (clipped tokens, groups of equal reward) skip dh and dW.
-
-logit_rows.py does what happens to the logits themselves: two Triton kernels and their twin in plain torch.
+never reach the head; rows with g = 0 (clipped tokens, groups of equal reward) skip dh and dW. What happens to
+the logits themselves is in logit_rows.py: two Triton kernels and their twin in plain torch.
 """
 
 from math import ceil
@@ -34,11 +33,9 @@ LOGIT_BYTES = 3 << 30  # keeps the logits of 10,600 rows at V = 151,936 in bf16
 
 
 def nonzero_first(g: Tensor) -> Tensor | None:
-    """g[N] -> src[n]: the n rows with g != 0, each in its own place if that is below n; None if n = N.
-
-    A nonzero row at n or beyond takes the place of a zero row below n. So sources beyond n are never written,
-    and kept logits can be compacted in place by programs that run in any order.
-    """
+    """g[N] -> src[n]: the n rows with g != 0, each in its own place if that is below n; None if n = N. A row
+    at n or beyond takes the place of a zero row below n. So sources beyond n are never written, and kept
+    logits can be compacted in place by programs that run in any order."""
     active = g != 0
     n = int(active.sum())
     if n == len(g):
@@ -114,7 +111,6 @@ class RowLogprobs(torch.autograd.Function):
         return dh, dW, None, None, None, None
 
 
-
 def row_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0, *,
     logit_bytes: int = LOGIT_BYTES,
@@ -126,8 +122,7 @@ def row_logprobs(
     logit_bytes: the most memory for logits. If all [N, V] fit they are kept for backward, which can then run
     only once; if not, they are recomputed in slices of as many columns as fit, 128 at least.
     Raises ValueError that names the argument: wrong type, shape, dtype or device, a target outside [0, V), a
-    temperature that is not positive; RuntimeError at a second backward through kept logits.
-    """
+    temperature that is not positive; RuntimeError at a second backward through kept logits."""
     if not isinstance(hidden, Tensor) or hidden.dim() != 2 or not hidden.is_floating_point():
         raise ValueError(f"hidden must be floating-point [N, d], got {described(hidden)}")
     N, d = hidden.shape
@@ -160,8 +155,7 @@ def dual_segment_logprobs(
     mask, as ids[mask] would be; an empty mask gives an empty result that still backpropagates zeros. One
     temperature a segment: the sampler's for actions, usually 1 for observations. Both segments share one call
     of row_logprobs, whose logit_bytes applies.
-    Raises ValueError that names the argument: as row_logprobs, a marked token 0, masks that overlap.
-    """
+    Raises ValueError that names the argument: as row_logprobs, a marked token 0, masks that overlap."""
     if not isinstance(hidden, Tensor) or hidden.dim() != 3:
         raise ValueError(f"hidden must be [B, T, d], got {described(hidden)}")
     (B, T, d), masks = hidden.shape, {"action_mask": action_mask, "observation_mask": observation_mask}

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before torch, which takes seconds to load
 import random
 import threading
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,10 +68,9 @@ def pick_tasks(tasks: list[Task], step: int, config: Config) -> list[Task]:
 def update(model, optimizer, batch: Batch, arm: str, step: int, config: Config) -> dict:
     """One optimizer step on a batch. -> metrics. Raises RunEnded if a loss is not finite."""
     env_weight = 0.0 if arm == "grpo" else config.env_weight  # lambda
-    names = "policy_loss", "env_loss", "observation_ce", "mismatch", "ratio", "trivial_failures"
-    metrics = dict.fromkeys(names, 0.0)
     all_actions = max(int(batch.action_mask.sum()), 1)
     all_observations = max(int(batch.observation_mask.sum()), 1)
+    clip, metrics = (config.clip_low, config.clip_high), defaultdict(float)
     for part in batch.micro_batches(config.micro_batch_tokens, config.device):
         actions, observations = part.action_mask, part.observation_mask  # [b, t]
         action_logprobs, observation_logprobs = segment_logprobs(  # [Na], [No]
@@ -80,25 +80,24 @@ def update(model, optimizer, batch: Batch, arm: str, step: int, config: Config) 
         sampler_logprobs = part.sampler_logprobs[actions]  # [Na]
         advantages = part.advantages[:, None].expand_as(actions)[actions]  # [Na]
         weights = part.action_weights[actions]  # [Na]
-        clip = config.clip_low, config.clip_high
         policy_loss = grpo_loss(action_logprobs, sampler_logprobs, advantages, weights, *clip)
         env_loss = echo_loss(observation_logprobs, part.observation_weights[observations])
         (config.policy_weight * policy_loss + env_weight * env_loss).backward()
 
-        change = action_logprobs.detach() - sampler_logprobs  # what rounding and stale weights make of it
+        log_ratio = action_logprobs.detach() - sampler_logprobs  # rounding, and weights that have moved on
         known = predictable(observation_logprobs, observations) & (part.rewards == 0)
         metrics["policy_loss"] += policy_loss.item()
         metrics["env_loss"] += env_loss.item()
         metrics["observation_ce"] -= observation_logprobs.sum().item() / all_observations
-        metrics["mismatch"] += change.abs().sum().item() / all_actions
-        metrics["ratio"] += change.exp().sum().item() / all_actions
+        metrics["mismatch"] += log_ratio.abs().sum().item() / all_actions
+        metrics["ratio"] += log_ratio.exp().sum().item() / all_actions
         metrics["trivial_failures"] += known.sum().item() / len(batch)
     metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
     if not torch.tensor(list(metrics.values())).isfinite().all():
-        raise RunEnded(f"step {step}: a loss or gradient is not finite: {metrics}")
+        raise RunEnded(f"step {step}: a loss or gradient is not finite: {dict(metrics)}")
     warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     optimizer_step(optimizer, config.learning_rate * warm, seed=config.seed * 1_000_003 + step)
-    return metrics | {"learning_share": (batch.advantages != 0).float().mean().item()}
+    return {**metrics, "learning_share": (batch.advantages != 0).float().mean().item()}
 
 
 def train_step(model, optimizer, tokenizer, world: World, arm: str, step: int, config: Config, control):
@@ -107,8 +106,7 @@ def train_step(model, optimizer, tokenizer, world: World, arm: str, step: int, c
     tasks = pick_tasks(world.train, step, config)
     key = Noise.TRAINING, config.seed, step
     episodes = sample_episodes(model, tokenizer, tasks, config.group_size, config, key)
-    metrics = batch_metrics(episodes)
-    sampled = time.perf_counter()
+    metrics, sampled = batch_metrics(episodes), time.perf_counter()
     batch = make_batch(episodes, config)
     if control:
         valid = [episode for episode in episodes if episode.valid]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from echo_min.config import Config
 from echo_min.echo import observation_mask, observation_weights
@@ -54,35 +55,24 @@ def make_batch(episodes: list, config: Config) -> Batch:
     """From rollout.Episodes; those that are not valid are left out. Reads the settings of the objective."""
     episodes = [episode for episode in episodes if episode.valid]
     ids, roles, logprobs = pad([episode.transcript for episode in episodes])  # [B, T] each
+    rewards, groups = (torch.tensor([getattr(e, name) for e in episodes]) for name in ("reward", "group"))
     actions = roles == Role.ACTION
     observations = observation_mask(roles, config.warnings_as_targets, config.parsed_only)
-    rewards = torch.tensor([episode.reward for episode in episodes])  # [B]
-    groups = torch.tensor([episode.group for episode in episodes])  # [B]
     return Batch(
-        ids=ids,
-        targets=ids,
-        action_mask=actions,
-        observation_mask=observations,
+        ids=ids, targets=ids, action_mask=actions, observation_mask=observations,
         action_weights=action_weights(actions, groups, config.policy_norm),
         observation_weights=observation_weights(roles, observations, config.observation_norm),
-        sampler_logprobs=logprobs,
-        advantages=group_advantages(rewards, groups),
-        rewards=rewards,
-        groups=groups,
-        lengths=torch.tensor([len(episode.transcript) for episode in episodes]),
-    )
+        sampler_logprobs=logprobs, advantages=group_advantages(rewards, groups), rewards=rewards,
+        groups=groups, lengths=torch.tensor([len(episode.transcript) for episode in episodes]),
+    )  # fmt: skip
 
 
 def pad(transcripts: list[Transcript]) -> tuple[Tensor, Tensor, Tensor]:
-    """-> ids[B, T] int64, roles[B, T] int8, logprobs[B, T] float32. Padding has the role SCAFFOLD, which no
-    loss reads."""
-    B, T = len(transcripts), max(map(len, transcripts))
-    ids = torch.zeros(B, T, dtype=torch.int64)
-    roles = torch.full((B, T), Role.SCAFFOLD, dtype=torch.int8)
-    logprobs = torch.zeros(B, T)
-    for b, transcript in enumerate(transcripts):
-        n = len(transcript)
-        ids[b, :n] = torch.tensor(transcript.ids)
-        roles[b, :n] = torch.tensor(transcript.roles, dtype=torch.int8)
-        logprobs[b, :n] = torch.tensor(transcript.logprobs)
-    return ids, roles, logprobs
+    """-> ids[B, T] int64, roles[B, T] int8, logprobs[B, T] float32. Padding is SCAFFOLD: no loss reads it."""
+
+    def padded(name: str, dtype: torch.dtype, padding: int = 0) -> Tensor:
+        rows = [torch.tensor(getattr(transcript, name), dtype=dtype) for transcript in transcripts]
+        return pad_sequence(rows, batch_first=True, padding_value=padding)
+
+    ids, roles = padded("ids", torch.int64), padded("roles", torch.int8, Role.SCAFFOLD)
+    return ids, roles, padded("logprobs", torch.float32)

@@ -121,14 +121,9 @@ class Config:
 
     @classmethod
     def load(cls, path: Path) -> "Config":
-        """What an older version did not know yet has its default, under which a run is as it was then.
-
-        Raises ValueError if the file holds no Config, or a setting that is unknown here.
-        """
+        """What an older version did not know yet has its default, under which a run is as it was then. Raises
+        ValueError if the file holds no Config, or a setting that is unknown here."""
         try:
-            saved = json.loads(path.read_text())
-            if odd := set(saved) - {f.name for f in fields(cls)}:
-                raise ValueError(f"unknown: {', '.join(sorted(odd))}")
-            return cls(**saved)
+            return cls(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: not the settings of a run ({error})") from None

@@ -1,9 +1,10 @@
 """GRPO: the group's mean reward is the baseline, the policy ratio is clipped; no KL, no critic."""
 
 import torch
+from torch import Tensor
 
 
-def group_advantages(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+def group_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
     """(r - mean) / (std + 1e-6) within each group, unbiased std (paper, section 3).
 
     rewards[B] float32, groups[B] int64 -> advantages[B] float32, exactly 0 for equal rewards.
@@ -20,29 +21,22 @@ def group_advantages(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tenso
     return advantages
 
 
-def action_weights(action_mask: torch.Tensor, groups: torch.Tensor, norm: str = "sequence") -> torch.Tensor:
+def action_weights(action_mask: Tensor, groups: Tensor, norm: str = "sequence") -> Tensor:
     """Share of each action token in the policy loss. mask[B, T], groups[B] -> float32[B, T], 0 elsewhere.
 
     sequence: 1 / (B |A_i|), the mean over rollouts of each rollout's token mean: what the released code ran.
     token: 1 / (groups * sum of |A_j| over the group), eq. (2) as printed: the groups' mean of a token mean.
     """
     tokens = action_mask.float().sum(1)  # [B] |A_i|
-    if norm == "sequence":
-        share = 1 / (len(tokens) * tokens)
-    elif norm == "token":
-        _, index = groups.unique(return_inverse=True)
-        in_group = torch.zeros(int(index.max()) + 1).index_add_(0, index, tokens)  # [groups] sum of |A_j|
-        share = 1 / (len(in_group) * in_group[index])
-    else:
-        raise ValueError(f"policy_norm: {norm!r} is not one of sequence, token")
-    return torch.where(action_mask, share[:, None], 0.0)
+    names, group = groups.unique(return_inverse=True)
+    group_tokens = torch.zeros(len(names)).index_add_(0, group, tokens)  # sum of |A_j| over each group
+    share = {"sequence": 1 / (len(tokens) * tokens), "token": 1 / (len(names) * group_tokens[group])}
+    return torch.where(action_mask, share[norm][:, None], 0.0)
 
 
 def grpo_loss(logprobs, sampler_logprobs, advantages, weights, clip_low: float, clip_high: float):
-    """Eq. (2): minus the weighted sum of min(ratio * A, clip(ratio, 1 - low, 1 + high) * A) over actions.
-
-    All [N] float32, one entry an action token; weights already hold the normaliser. -> scalar.
-    """
+    """Eq. (2): minus the weighted sum of min(ratio * A, clip(ratio, 1 - low, 1 + high) * A) over actions. All
+    [N] float32, one entry an action token; weights already hold the normaliser. -> scalar."""
     ratio = (logprobs - sampler_logprobs).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -(weights * torch.minimum(ratio * advantages, clipped * advantages)).sum()

@@ -1,21 +1,19 @@
 """The conversation: how a task becomes a prompt, a reply an action, and a command's output the next message.
 
 Everything here is text with a role; ids are made elsewhere. The template is ChatML; messages are appended and
-never rendered again, so earlier thinking stays in context. Two styles, Config's `harness`:
-
-plain: a reply is one bash command as it would be typed, or the word `done`.
-qwen: the paper's; a reply is thinking and one tool call (harness_qwen.py).
+never rendered again, so earlier thinking stays in context. Two styles, Config's `harness`: plain, where a
+reply is one bash command as it would be typed, or the word `done`; and qwen, the paper's, where a reply is
+thinking and one tool call (harness_qwen.py).
 """
 
-from dataclasses import dataclass
-
+from echo_min import harness_qwen as qwen
 from echo_min.masking import Role, Segment
 from echo_min.tasks import Task
-from echo_min.terminal import Output
+from echo_min.terminal import DONE, Action, Output
 
 END = "<|im_end|>"  # closes a message; the only token that ends a reply well
 MARKERS = (END, "<|im_start|>", "<|endoftext|>")  # a reply ends at any of them
-DONE = "done"
+ASSISTANT = f"{END}\n<|im_start|>assistant\n"  # closes a message and opens the reply to it
 WARNINGS = CUT, FORGED, EMPTY = (
     "The reply was cut at its token limit; nothing was run.",
     "The reply contained a chat marker; nothing was run.",
@@ -23,30 +21,17 @@ WARNINGS = CUT, FORGED, EMPTY = (
 )
 
 
-@dataclass(frozen=True)
-class Action:
-    """What a reply asks for: a command, or the episode's end, or, with a warning, nothing."""
-
-    command: str = ""
-    timeout: float | None = None  # seconds
-    done: bool = False
-    warning: str = ""
-
-
 def prompt(task: Task, style: str = "plain") -> list[Segment]:
-    messages = [("user", task.instruction)]
+    task_message = [(Role.SCAFFOLD, "<|im_start|>user\n"), (Role.PROMPT, task.instruction)]
     if style == "qwen":
-        messages.insert(0, ("system", _qwen().SYSTEM))
-    segments = []
-    for role, text in messages:
-        header, end = f"<|im_start|>{role}\n", f"{END}\n"
-        segments += [(Role.SCAFFOLD, header), (Role.PROMPT, text), (Role.SCAFFOLD, end)]
-    return [*segments[:-1], (Role.SCAFFOLD, f"{END}\n<|im_start|>assistant\n")]
+        system = [(Role.SCAFFOLD, "<|im_start|>system\n"), (Role.PROMPT, qwen.SYSTEM)]
+        task_message = [*system, (Role.SCAFFOLD, f"{END}\n"), *task_message]
+    return [*task_message, (Role.SCAFFOLD, ASSISTANT)]
 
 
 def reply(command: str, style: str = "plain") -> str:
     """A command, or DONE, as a policy would have written it."""
-    return _qwen().reply(command) if style == "qwen" else command
+    return qwen.reply(command) if style == "qwen" else command
 
 
 def parse(reply: str, ended_by: str | None, style: str = "plain") -> Action:
@@ -56,26 +41,22 @@ def parse(reply: str, ended_by: str | None, style: str = "plain") -> Action:
     if not reply.strip():
         return Action(warning=EMPTY)
     if style == "qwen":
-        return _qwen().parse(reply)
+        return qwen.parse(reply)
     command = reply.strip()
     return Action(done=True) if command == DONE else Action(command)
 
 
-def observation(
-    output: Output | None, warning: str, ended_by: str | None, style: str = "plain"
-) -> list[Segment]:
+def observation(output: Output | None, warning: str, ended_by: str | None, style="plain") -> list[Segment]:
     """The message that answers a reply; output is None when nothing was run."""
     head, tail = {"plain": ("tool\n", ""), "qwen": ("user\n<tool_response>\n", "\n</tool_response>")}[style]
     segments = [(Role.SCAFFOLD, ("" if ended_by == END else END) + f"\n<|im_start|>{head}")]
     if warning:
         segments.append((Role.WARNING, warning_block(warning)))
-    note = ""
     if output is not None:
-        segments.append((Role.OBSERVATION, output.text))
         note = "(truncated)" * output.truncated + f"(exit_code={output.exit_code})"
-        note += "(timed out)" * output.timed_out
-    segments.append((Role.SCAFFOLD, f"{note}{tail}{END}\n<|im_start|>assistant\n"))
-    return [(role, text) for role, text in segments if text]
+        tail = note + "(timed out)" * output.timed_out + tail
+        segments.append((Role.OBSERVATION, output.text))
+    return [(role, text) for role, text in [*segments, (Role.SCAFFOLD, tail + ASSISTANT)] if text]
 
 
 def warning_block(warning: str) -> str:
@@ -84,10 +65,4 @@ def warning_block(warning: str) -> str:
 
 def warnings(style: str) -> tuple[str, ...]:
     """All that a style can complain of."""
-    return WARNINGS + (_qwen().WARNINGS if style == "qwen" else ())
-
-
-def _qwen():
-    from echo_min import harness_qwen  # which builds on this module
-
-    return harness_qwen
+    return WARNINGS + (qwen.WARNINGS if style == "qwen" else ())

@@ -2,8 +2,7 @@
 
 A bfloat16 number has 8 significant bits: rounding to the nearest loses an update below 1/512 of its weight,
 every time. Rounded up or down at random, with the chance that the remainder says, it is kept on average, and
-no float32 copy of the weights is needed. AdamW's two means take one byte a weight each, not two or four.
-"""
+no float32 copy of the weights is needed. AdamW's two means take one byte a weight each, not two or four."""
 
 import torch
 

@@ -1,6 +1,7 @@
 """The policy's forward pass, one for both losses. It is loaded by checkpoint.py and sampled by sampler.py."""
 
 import torch
+from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from echo_min.harness import MARKERS
@@ -8,15 +9,9 @@ from kernels.segment_logprob import dual_segment_logprobs, head_weight
 
 
 def segment_logprobs(
-    model,
-    ids: torch.Tensor,
-    targets: torch.Tensor,
-    action_mask: torch.Tensor,
-    observation_mask: torch.Tensor,
-    logit_mb: int = 3072,
-    action_temperature: float = 1.0,
-    observation_temperature: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    model, ids: Tensor, targets: Tensor, action_mask: Tensor, observation_mask: Tensor,
+    logit_mb: int = 3072, action_temperature: float = 1.0, observation_temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One forward pass. ids, targets, masks [B, T] -> float32 logprobs (actions[Na], observations[No]),
     each in the order of its mask. Padding must be on the right. logit_mb: MiB of logits held; beyond it they
     are computed again in backward."""

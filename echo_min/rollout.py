@@ -2,7 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
@@ -62,44 +62,40 @@ class Seat:
 
     def __init__(self, episode: Episode, tokenizer, config: Config):
         self.episode, self.tokenizer, self.config = episode, tokenizer, config
-        self.markers = marker_ids(tokenizer)
-        self.terminal = None
+        self.markers, self.terminal = marker_ids(tokenizer), None
 
     def open(self) -> list[int]:
         """-> the prompt's ids. Raises ValueError if the context has no room for a reply."""
         task, config = self.episode.task, self.config
         ids = self._extend(harness.prompt(task, config.harness))
         if not ids or self._is_full():
-            lacks = f"context: {config.context} tokens do not hold the prompt of task {task.name}"
-            raise ValueError(f"{lacks} and a reply of {config.max_action_tokens}; raise it")
+            raise ValueError(f"context: {config.context} tokens do not hold the prompt of task {task.name} "
+                             f"and a reply of {config.max_action_tokens}; raise it")  # fmt: skip
         with self._guard():
             self.terminal = open_terminal(task, config.backend, config.output_chars)
         return ids
 
     def answer(self, reply: Reply) -> list[int]:
         """Record a reply, do what it asks. -> ids of the answer; the episode may have stopped."""
-        episode, (ids, logprobs) = self.episode, reply
+        episode, config, (ids, logprobs) = self.episode, self.config, reply
         episode.transcript.append(Role.ACTION, ids, logprobs)
         episode.turns += 1
         ended_by = self.markers.get(ids[-1])
-        action = harness.parse(self.tokenizer.decode(ids[:-1]), ended_by, self.config.harness)
+        action, output = harness.parse(self.tokenizer.decode(ids[:-1]), ended_by, config.harness), None
         if action.done:
             episode.stop = StopReason.DONE
-            return []
-        output = None
-        if action.command:
+        elif action.command:
             episode.commands.append(action.command)
-            limit = episode.task.limits.command_seconds
-            started = time.monotonic()
+            limit, started = episode.task.limits.command_seconds, time.monotonic()
             with self._guard():
                 output = self.terminal.run(action.command, min(action.timeout or limit, limit))
             episode.seconds += time.monotonic() - started
-            if episode.stop:
-                return []
-        new = self._extend(harness.observation(output, action.warning, ended_by, self.config.harness))
+        if episode.stop:
+            return []
+        new = self._extend(harness.observation(output, action.warning, ended_by, config.harness))
         if episode.seconds > episode.task.limits.agent_seconds:
             episode.stop = StopReason.AGENT_TIMEOUT
-        elif new and episode.turns == self.config.max_turns:
+        elif new and episode.turns == config.max_turns:
             episode.stop = StopReason.MAX_TURNS
         elif not new or self._is_full():
             episode.stop = StopReason.CONTEXT_FULL
@@ -116,8 +112,7 @@ class Seat:
         if self.terminal is not None:
             self.terminal.close()
 
-    def _is_full(self) -> bool:
-        """Whether the context has no room for another reply."""
+    def _is_full(self) -> bool:  # no room for another reply
         return len(self.episode.transcript) + self.config.max_action_tokens > self.config.context
 
     def _extend(self, segments: list[Segment]) -> list[int]:
@@ -148,28 +143,26 @@ def rollout(agent, tokenizer, episodes: list[Episode], config: Config) -> list[E
     waiting = list(range(len(seats)))
     unread: dict[int, list[int]] = {}  # episode at play -> ids that the agent has not read yet
     grading = []
-    try:
-        with ThreadPoolExecutor(config.terminals) as pool:  # its end waits for what still runs
-            while waiting or unread or grading:
-                free = config.terminals - len(unread) - len(grading)
-                entering, waiting = waiting[:free], waiting[free:]
-                prompts = pool.map(Seat.open, [seats[i] for i in entering])
-                unread.update(zip(entering, prompts, strict=True))
-
-                playing = [i for i in unread if episodes[i].stop is None]
-                new_ids = [unread[i] for i in playing]
-                replies = agent.reply(playing, new_ids, config.max_action_tokens) if playing else []
-                answers = list(pool.map(Seat.answer, [seats[i] for i in playing], replies))
-
-                for graded in grading:
-                    graded.result()
-                grading = [pool.submit(seats[i].leave) for i in unread if episodes[i].stop]
-                answered = zip(playing, answers, strict=True)
-                unread = {i: ids for i, ids in answered if episodes[i].stop is None}
-        return episodes
-    finally:
+    with ExitStack() as at_the_end, ThreadPoolExecutor(config.terminals) as pool:  # waits for what still runs
         for seat in seats:
-            seat.close()
+            at_the_end.callback(seat.close)
+        while waiting or unread or grading:
+            free = config.terminals - len(unread) - len(grading)
+            entering, waiting = waiting[:free], waiting[free:]
+            prompts = pool.map(Seat.open, [seats[i] for i in entering])
+            unread.update(zip(entering, prompts, strict=True))
+
+            playing = [i for i in unread if episodes[i].stop is None]
+            new_ids = [unread[i] for i in playing]
+            replies = agent.reply(playing, new_ids, config.max_action_tokens) if playing else []
+            answers = list(pool.map(Seat.answer, [seats[i] for i in playing], replies))
+
+            for graded in grading:
+                graded.result()
+            grading = [pool.submit(seats[i].leave) for i in unread if episodes[i].stop]
+            answered = zip(playing, answers, strict=True)
+            unread = {i: ids for i, ids in answered if episodes[i].stop is None}
+    return episodes
 
 
 def sample_episodes(
@@ -193,12 +186,11 @@ def batch_metrics(episodes: list[Episode]) -> dict:
     valid = [e for e in episodes if e.valid]
     if not valid:
         raise RunEnded("no episode of the batch can be trained on: all failed or ran out of agent time")
-    commands = [command for e in valid for command in e.commands]
-    metrics = {"reward": sum(e.reward for e in valid) / len(valid)}
-    metrics["turns"] = sum(e.turns for e in valid) / len(valid)
+    sums = {"reward": sum(e.reward for e in valid), "turns": sum(e.turns for e in valid)}
     for role in (Role.ACTION, Role.OBSERVATION, Role.WARNING):
-        count = sum(e.transcript.count(role) for e in valid)
-        metrics[f"{role.name.lower()}_tokens"] = count / len(valid)
+        sums[f"{role.name.lower()}_tokens"] = sum(e.transcript.count(role) for e in valid)
+    metrics = {name: value / len(valid) for name, value in sums.items()}
+    commands = [command for e in valid for command in e.commands]
     metrics["command_diversity"] = len(set(commands)) / max(len(commands), 1)
     stops = {str(reason): sum(e.stop is reason for e in episodes) for reason in StopReason}
     return metrics | {"error": why, "stop": stops}

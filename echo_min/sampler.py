@@ -4,11 +4,11 @@ Rows have different lengths and are not padded on the left: each row writes at i
 padding lands beyond its end, where no query looks (key position <= query position) before it is overwritten.
 """
 
-from dataclasses import dataclass, field
 from math import isfinite
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from echo_min.config import Config, RunEnded
@@ -22,11 +22,9 @@ class RowCache(Cache):
 
     def __init__(self, limit: int):
         super().__init__(layers=[])
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
+        self.keys, self.values = [], []  # a tensor for each layer
         self.positions = None  # [n, T], where the coming forward pass, of the first n rows, writes
-        self.size = 0  # S: slots that it can see
-        self.limit = limit  # slots at most
+        self.size, self.limit = 0, limit  # S: slots that it can see; slots at most
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
         n = len(keys)
@@ -36,8 +34,7 @@ class RowCache(Cache):
             old = store[layer_idx]
             if old.shape[2] < self.size:  # doubled, so that growing stays rare
                 slots = min(max(-(-self.size // 64) * 64, 2 * old.shape[2]), self.limit)
-                store[layer_idx] = new.new_zeros(*old.shape[:2], slots, old.shape[3])
-                store[layer_idx][:, :, : old.shape[2]] = old
+                store[layer_idx] = torch.nn.functional.pad(old, (0, 0, 0, slots - old.shape[2]))
             store[layer_idx][:n].scatter_(2, self.positions[:, None, :, None].expand_as(new), new)
         return self.keys[layer_idx][:n, :, : self.size], self.values[layer_idx][:n, :, : self.size]
 
@@ -46,15 +43,6 @@ class RowCache(Cache):
         for store in (self.keys, self.values):
             for i, old in enumerate(store):
                 store[i] = old[rows]
-
-
-@dataclass
-class Cached:
-    """What a sampler knows of an episode in its cache."""
-
-    length: int = 0  # tokens in the cache
-    unread: list[int] = field(default_factory=list)  # the last sampled token, not in the cache yet
-    drawn: np.ndarray = field(default_factory=lambda: np.empty(0))  # noise that is still to be used
 
 
 class Sampler:
@@ -71,108 +59,96 @@ class Sampler:
                 raise ValueError(f"model: it has layers of {kind}; the sampler's cache is for full attention")
         # no less than 512: padding may be that far out, and results depend on the width seen, by rounding
         self.cache = RowCache(max(config.context, 512))
-        self.cached: dict[int, Cached] = {}  # in the cache's order
+        self.length: dict[int, int] = {}  # episode -> tokens in the cache; in the order of its rows
+        self.unread: dict[int, list[int]] = {}  # episode -> the last sampled token, not in the cache yet
 
     @torch.inference_mode()
     def reply(self, episodes: list[int], new_ids: list[list[int]], max_new: int) -> list[Reply]:
         """Append new_ids to the given episodes and sample a reply to each: at most max_new tokens, up to and
         with the first end id. Episodes that are new enter the cache, those left out are finished and leave.
-
-        Raises RunEnded if the model's logits are not finite, ValueError if the context can't hold a reply.
-        """
-        held = [e for e in self.cached if e in episodes]
+        Raises RunEnded if the model's logits are not finite, ValueError if the context can't hold a reply."""
+        held = [e for e in self.length if e in episodes]
         self._arrange(held + [e for e in episodes if e not in held])
-        new = {e: self.cached[e].unread + ids for e, ids in zip(episodes, new_ids, strict=True)}
-        if max(self.cached[e].length + len(ids) for e, ids in new.items()) + max_new > self.config.context:
+        new = {e: self.unread.get(e, []) + ids for e, ids in zip(episodes, new_ids, strict=True)}
+        if max(self.length[e] + len(ids) for e, ids in new.items()) + max_new > self.config.context:
             raise ValueError(f"context: {self.config.context} tokens do not hold a reply of {max_new}")
         if len(new) * max(map(len, new.values())) > self.config.prefill_tokens:
-            self._arrange(sorted(self.cached, key=lambda e: -len(new[e])))
-        logits = self._read([new[e] for e in self.cached])
+            self._arrange(sorted(self.length, key=lambda e: -len(new[e])))
+        logits = self._read([new[e] for e in self.length])
         replies: dict[int, Reply] = {e: ([], []) for e in episodes}
-        batch = going = list(self.cached)  # sampled from in one pass; those of them that have not ended
-        noise = self._draw(max_new)
+        batch, ended = list(self.length), set()  # sampled from in one pass; those whose reply is complete
         for i in range(max_new):
-            tokens, logprobs = self._pick(logits, noise[:, i])
-            picked = dict(zip(batch, zip(tokens.tolist(), logprobs.tolist(), strict=True), strict=True))
-            for e in going:
-                replies[e][0].append(picked[e][0])
-                replies[e][1].append(picked[e][1])
-            if not all(isfinite(picked[e][1]) for e in going):
-                raise RunEnded("sampler: the logits are not finite; the policy has diverged")
-            going = [e for e in going if picked[e][0] not in self.end_ids]
+            noise = [0.0 if self.noise is None or e in ended else self.noise[e].random() for e in batch]
+            tokens, logprobs = self._pick(logits, noise)
+            for e, token, logprob in zip(batch, tokens.tolist(), logprobs.tolist(), strict=True):
+                if e in ended:
+                    continue
+                if not isfinite(logprob):
+                    raise RunEnded("sampler: the logits are not finite; the policy has diverged")
+                replies[e][0].append(token)
+                replies[e][1].append(logprob)
+                if token in self.end_ids:
+                    ended.add(e)
+            going = [e for e in batch if e not in ended]
             if not going or i + 1 == max_new:
                 break
             if 2 * len(going) <= len(batch) and max_new - i > WORTH:  # go on with a smaller batch
-                kept = [b for b, e in enumerate(batch) if e in going]
-                tokens, noise, batch = tokens[kept], noise[kept], going
-                self._arrange(batch + [e for e in self.cached if e not in batch])
+                tokens, batch = tokens[[b for b, e in enumerate(batch) if e not in ended]], going
+                self._arrange(batch + [e for e in self.length if e not in batch])
             # a row whose reply has ended reads on at one place beyond its end: one shape for the whole batch
-            places = [self.cached[e].length + min(len(replies[e][0]), i) for e in batch]
-            hidden = self._forward(tokens[:, None], torch.tensor(places)[:, None], max(places) + 1)
-            logits = self._logits(hidden[:, 0])
-        for e, (ids, _) in replies.items():
-            self.cached[e].length += len(ids) - 1
-            self.cached[e].unread = ids[-1:]
-            self.cached[e].drawn = self.cached[e].drawn[len(ids) :]
+            places = [self.length[e] + min(len(replies[e][0]), i) for e in batch]
+            logits = self._logits(self._forward(tokens[:, None], torch.tensor(places)[:, None])[:, 0])
+        self.unread = {e: ids[-1:] for e, (ids, _) in replies.items()}
+        self.length = {e: n + len(replies[e][0]) - 1 for e, n in self.length.items()}
         return [replies[e] for e in episodes]
 
     def _arrange(self, episodes: list[int]) -> None:
         """Let the cache's rows hold these episodes, in this order. A newcomer gets a copy of some row, of
         which it sees nothing."""
-        row = {e: b for b, e in enumerate(self.cached)}
-        if episodes != list(self.cached):
+        row = {e: b for b, e in enumerate(self.length)}
+        if episodes != list(self.length):
             self.cache.arrange([row.get(e, 0) for e in episodes])
-            self.cached = {e: self.cached.get(e) or Cached() for e in episodes}
+            self.length = {e: self.length.get(e, 0) for e in episodes}
 
-    def _draw(self, n: int) -> torch.Tensor:
-        """-> the next n uniform numbers of each row, float64[B, n]; greedy: anything."""
-        if self.noise is None:
-            return torch.empty(len(self.cached), n)
-        for e, state in self.cached.items():
-            more = self.noise[e].random(max(0, n - len(state.drawn)))
-            state.drawn = np.append(state.drawn, more)
-        drawn = np.stack([state.drawn[:n] for state in self.cached.values()])
-        return torch.from_numpy(drawn).to(self.model.device)
-
-    def _read(self, ids: list[list[int]]) -> torch.Tensor:
+    def _read(self, ids: list[list[int]]) -> Tensor:
         """Prefill every episode with its ids. -> logits[B, V] after each one's last. In parts of columns, of
         at most prefill_tokens with the padding; if there are several, ids come longest first."""
-        cached, first, hidden = list(self.cached.values()), 0, None
+        first, hidden = 0, None
         while n := sum(len(new) > first for new in ids):
             end = min(len(max(ids, key=len)), first + max(1, self.config.prefill_tokens // n))
             parts = [new[first:end] for new in ids[:n]]
             padded = torch.tensor([part + [0] * (end - first - len(part)) for part in parts])
-            lengths = torch.tensor([episode.length for episode in cached[:n]])
+            lengths = torch.tensor([*self.length.values()][:n])
             # rows differ in length: the padding of a long one would end beyond the context
             positions = (lengths[:, None] + torch.arange(first, end)).clamp_max(self.cache.limit - 1)
-            out = self._forward(padded, positions, int(positions.max()) + 1)
+            out = self._forward(padded, positions)
             ends = [b for b in range(n) if len(ids[b]) <= end]
             hidden = out.new_empty(len(ids), out.shape[2]) if hidden is None else hidden
             hidden[ends] = out[ends, [len(parts[b]) - 1 for b in ends]]
             first = end
-        for episode, new in zip(cached, ids, strict=True):
-            episode.length += len(new)
+        self.length = {e: n + len(new) for (e, n), new in zip(self.length.items(), ids, strict=True)}
         return self._logits(hidden)
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:
-        """ids[n, T] for the first n rows at positions[n, T], which see `size` slots. -> hidden[n, T, d]"""
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """ids[n, T] for the first n rows at positions[n, T]. -> hidden[n, T, d]"""
+        self.cache.size = int(positions.max()) + 1  # on the CPU still: nothing waits for the device
         ids, positions = ids.to(self.model.device), positions.to(self.model.device)
-        self.cache.positions, self.cache.size = positions, size
-        slots = torch.arange(size, device=ids.device)  # [S]
+        self.cache.positions = positions
+        slots = torch.arange(self.cache.size, device=ids.device)  # [S]
         visible = slots <= positions[:, None, :, None]  # [n, 1, T, S]
         where = {"position_ids": positions, "attention_mask": visible, "past_key_values": self.cache}
         return self.model.base_model(input_ids=ids, use_cache=True, **where).last_hidden_state
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _logits(self, hidden: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(hidden).float()
 
-    def _pick(self, logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pick(self, logits: Tensor, noise: list[float]) -> tuple[Tensor, Tensor]:
         """logits[B, V], noise[B] in [0, 1) -> tokens[B], their logprobs[B]."""
         logprobs = torch.log_softmax(logits / self.config.temperature, -1)
         if self.noise is None:
             tokens = logits.argmax(-1)
         else:
             cdf = logprobs.double().exp().cumsum(-1)
-            tokens = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:]).squeeze(1)
-            tokens = tokens.clamp_max(logits.shape[1] - 1)
+            share = torch.tensor(noise, dtype=cdf.dtype, device=cdf.device)[:, None]
+            tokens = torch.searchsorted(cdf, share * cdf[:, -1:]).squeeze(1).clamp_max(logits.shape[1] - 1)
         return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)

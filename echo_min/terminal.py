@@ -1,5 +1,6 @@
 """The terminal of one episode: what every backend promises, and the one list of backends."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -11,6 +12,19 @@ BACKENDS = {  # name -> module and class; imported when used, so nobody needs an
 }
 COMMAND_BYTES = 64 * 1024  # of one command at most
 GRACE_SECONDS = 3.0  # beyond a time limit, to kill what is late: milliseconds, but the machine may be crowded
+
+
+DONE = "done"  # a plain reply, or a script's line, that ends the episode
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a reply asks for: a command, or the episode's end, or, with a warning, nothing."""
+
+    command: str = ""
+    timeout: float | None = None  # seconds
+    done: bool = False
+    warning: str = ""
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,7 @@ class BrokenByAgent(TerminalDied):
     """The same, while engine and host are well: what an agent broke, once it ran a command, is graded 0."""
 
 
-class Terminal:
+class Terminal(AbstractContextManager):
     """One episode's terminal, for a `with` block, in a fresh copy of the task's work folder. Many may run at
     once in many threads; each serves one thread at a time. A backend adds these, and `run` is common:
 
@@ -55,21 +69,16 @@ class Terminal:
 
     def run(self, command: str, timeout: float | None = None) -> Output:
         """Run it in a fresh bash in the work folder. timeout: seconds; None means the task's command_seconds.
-
         Its background processes live on, unless it timed out. Raises TerminalDied if the environment is gone,
-        or has to go because it holds more than the task's work_mb.
-        """
+        or has to go because it holds more than the task's work_mb."""
         data = command.encode(errors="replace") + b"\0"
         if data.count(b"\0") > 1 or len(data) > COMMAND_BYTES:
             return Output("bash: the command holds a NUL byte or is too long\n", 126, False, False)
         self._text = bytearray()
         said = self._command(data, self.task.limits.command_seconds if timeout is None else timeout)
         text, late = self._text.decode(errors="replace"), said == "late"
-        shown = text[: self.output_chars]
-        return Output(shown, 124 if late else int(said), late, len(text) > len(shown))
-
-    def __enter__(self):
-        return self
+        shown, cut = text[: self.output_chars], len(text) > self.output_chars
+        return Output(shown, 124 if late else int(said), late, cut)
 
     def __exit__(self, *_):
         self.close()

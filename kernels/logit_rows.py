@@ -28,15 +28,12 @@ LOWEST = torch.finfo(torch.float32).min  # where a running maximum starts: -inf 
 
 
 class Stats(NamedTuple):
-    """What is known of each row after some of its columns, each [n], float32 or float64.
-
-    xmax is the largest logit, total the sum of exp((x - xmax) / tau). lse = xmax / tau + log total stays in
-    these two parts: huge logits would round their sum away.
-    """
+    """What is known of each row after some of its columns, each [n], float32 or float64. lse = xmax / tau +
+    log total stays in these two parts: huge logits would round their sum away."""
 
     chosen: Tensor  # the target's logit, once its column was seen
-    xmax: Tensor
-    total: Tensor
+    xmax: Tensor  # the largest logit
+    total: Tensor  # the sum of exp((x - xmax) / tau)
 
     @classmethod
     def empty(cls, inv_tau: Tensor):
@@ -46,9 +43,7 @@ class Stats(NamedTuple):
         return (self.chosen - self.xmax) * inv_tau - self.total.log()
 
 
-# ---- in Triton: one program a row ----
-
-if triton:
+if triton:  # one program a row
     TL_LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
 
     @triton.jit
@@ -103,19 +98,15 @@ def forward_rows(x: Tensor, y: Tensor, inv_tau: Tensor, stats: Stats, first: int
     V = x.shape[1]
     if uses_triton(x):
         with torch.cuda.device_of(x):
-            args = (x, y, inv_tau, *stats, first, V)
-            forward_kernel[(len(x),)](*args, BLOCK=BLOCK, num_warps=WARPS)
+            forward_kernel[(len(x),)](x, y, inv_tau, *stats, first, V, BLOCK=BLOCK, num_warps=WARPS)
         return
-    step, scale = max(1, TORCH_BLOCK // V), inv_tau * LOG2_E
-    for a in range(0, len(x), step):
-        rows = slice(a, a + step)
-        c, (chosen, xmax, total) = scale[rows], (stat[rows] for stat in stats)
-        block = x[rows].to(inv_tau.dtype)
+    split = (t.split(max(1, TORCH_BLOCK // V)) for t in (x, y - first, inv_tau * LOG2_E, *stats))
+    for block, col, c, chosen, xmax, total in zip(*split, strict=True):  # views of a few rows
+        block = block.to(inv_tau.dtype)
         top = torch.maximum(xmax, block.amax(dim=1))
         powers = (block - top[:, None]).mul_(c[:, None]).exp2_()
         total.mul_(((xmax - top) * c).exp2_()).add_(powers.sum(dim=1))
         xmax.copy_(top)
-        col = y[rows] - first
         here = ((col >= 0) & (col < V)).nonzero()[:, 0]
         chosen[here] = block[here, col[here]]
 
@@ -124,23 +115,21 @@ def backward_rows_(x: Tensor, src: Tensor | None, y, inv_tau, xmax, logsum, g, f
     """Writes G of row i over x[i] for i < n = len(g), reading the logits of row src[i] (None: row i).
 
     y, inv_tau, xmax, logsum and g, each [n], are in the order of the output rows. A source row at n or beyond
-    is never written and one below n is its own output, so nothing is overwritten before it is read.
-    """
+    is never written and one below n is its own output, so nothing is overwritten before it is read."""
     n, V = len(g), x.shape[1]
     if uses_triton(x):
+        args = x, g if src is None else src, y, inv_tau, xmax, logsum, g, first, V
         with torch.cuda.device_of(x):
-            args = (x, g if src is None else src, y, inv_tau, xmax, logsum, g, first, V)
             backward_kernel[(n,)](*args, MOVED=src is not None, BLOCK=BLOCK, num_warps=WARPS)
         return
-    step, c, log_total, scale = max(1, TORCH_BLOCK // V), inv_tau * LOG2_E, logsum * LOG2_E, g * inv_tau
-    for a in range(0, n, step):
-        rows = slice(a, min(a + step, n))
-        block = x[rows] if src is None else x[src[rows]]
-        z = block.to(inv_tau.dtype)  # no copy where the dtype is right: then the rest is in place
-        z.sub_(xmax[rows, None]).mul_(c[rows, None]).sub_(log_total[rows, None]).exp2_()
-        col = y[rows] - first
+    per_row = y - first, inv_tau * LOG2_E, xmax, logsum * LOG2_E, -g * inv_tau, g if src is None else src
+    split = (t.split(max(1, TORCH_BLOCK // V)) for t in (x[:n], *per_row))
+    for block, col, c, top, log_total, scale, source in zip(*split, strict=True):
+        # no copy where row and dtype are right: then the rest is in place
+        z = (block if src is None else x[source]).to(inv_tau.dtype)
+        z.sub_(top[:, None]).mul_(c[:, None]).sub_(log_total[:, None]).exp2_()
         here = ((col >= 0) & (col < V)).nonzero()[:, 0]
         z[here, col[here]] -= 1
-        z.mul_(-scale[rows, None])
-        if z.data_ptr() != x[rows].data_ptr():
-            x[rows] = z
+        z.mul_(scale[:, None])
+        if z.data_ptr() != block.data_ptr():
+            block.copy_(z)

@@ -17,9 +17,8 @@ dW, left to the vendor's library), one read of the logits in forward, one read a
 Memory: logits that fit in `logit_bytes` are kept from forward to backward, where G is written over them.
 Beyond it they are computed in slices of the vocabulary, and once more in backward: a fourth GEMM for a
 bounded buffer. A slice owns its rows of dW; only dh[N, d] adds up over slices, in float32. Prompt and padding
-never reach the head; rows with g = 0 (clipped tokens, groups of equal reward) skip dh and dW.
-
-logit_rows.py does what happens to the logits themselves: two Triton kernels and their twin in plain torch.
+never reach the head; rows with g = 0 (clipped tokens, groups of equal reward) skip dh and dW. What happens to
+the logits themselves is in logit_rows.py: two Triton kernels and their twin in plain torch.
 """
 
 from math import ceil
@@ -32,15 +31,11 @@ from kernels.logit_rows import Stats, backward_rows_, forward_rows
 
 LOGIT_BYTES = 3 << 30  # keeps the logits of 10,600 rows at V = 151,936 in bf16
 
-# ---- autograd ----
-
 
 def nonzero_first(g: Tensor) -> Tensor | None:
-    """g[N] -> src[n]: the n rows with g != 0, each in its own place if that is below n; None if n = N.
-
-    A nonzero row at n or beyond takes the place of a zero row below n. So sources beyond n are never written,
-    and kept logits can be compacted in place by programs that run in any order.
-    """
+    """g[N] -> src[n]: the n rows with g != 0, each in its own place if that is below n; None if n = N. A row
+    at n or beyond takes the place of a zero row below n. So sources beyond n are never written, and kept
+    logits can be compacted in place by programs that run in any order."""
     active = g != 0
     n = int(active.sum())
     if n == len(g):
@@ -56,13 +51,12 @@ def slices(V: int, width: int):
 
 def add_product_(acc: Tensor, G: Tensor, W: Tensor):
     """acc[n, d] += G[n, v] W[v, d]; acc is float32 where slices of bf16 add up: bf16 loses the small."""
-    if acc.dtype == G.dtype:
-        acc.addmm_(G, W)
-    elif G.is_cuda:
+    if G.is_cuda and acc.dtype != G.dtype:
         torch.addmm(acc, G, W, out_dtype=acc.dtype, out=acc)
-    else:
-        for g, w in zip(G.split(1024, 1), W.split(1024), strict=True):  # small wide copies
-            acc.addmm_(g.to(acc.dtype), w.to(acc.dtype))
+        return
+    step = len(W) if acc.dtype == G.dtype else 1024  # small wide copies
+    for g, w in zip(G.split(step, 1), W.split(step), strict=True):
+        acc.addmm_(g.to(acc.dtype), w.to(acc.dtype))
 
 
 class RowLogprobs(torch.autograd.Function):
@@ -85,10 +79,8 @@ class RowLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         if ctx.keep and ctx.buffer is None:
-            raise RuntimeError(
-                "row_logprobs: a second backward, but the first one wrote the gradient over the kept logits; "
-                "logit_bytes below their size recomputes them"
-            )
+            again = "row_logprobs: a second backward, but the first one wrote the gradient over the kept"
+            raise RuntimeError(f"{again} logits; logit_bytes below their size recomputes them")
         buffer, ctx.buffer = ctx.buffer, None
         hidden, weight, targets, inv_tau, *stats = ctx.saved_tensors
         src = nonzero_first(g)
@@ -119,48 +111,43 @@ class RowLogprobs(torch.autograd.Function):
         return dh, dW, None, None, None, None
 
 
-# ---- what callers use ----
-
-
 def row_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float | Tensor = 1.0,
-    *,
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0, *,
     logit_bytes: int = LOGIT_BYTES,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """hidden[N, d], weight[V, d], targets[N] int64 -> logp[N], in nats.
 
     hidden and weight share one floating dtype and get gradients in it; logp is float32, float64 from float64.
     temperature: one positive number or one a row, [N]; it gets no gradient.
     logit_bytes: the most memory for logits. If all [N, V] fit they are kept for backward, which can then run
     only once; if not, they are recomputed in slices of as many columns as fit, 128 at least.
-
     Raises ValueError that names the argument: wrong type, shape, dtype or device, a target outside [0, V), a
-    temperature that is not positive; RuntimeError at a second backward through kept logits.
-    """
-    inv_tau = checked_inverse_temperature(hidden, weight, targets, temperature)
-    N, V = len(hidden), len(weight)
+    temperature that is not positive; RuntimeError at a second backward through kept logits."""
+    if not isinstance(hidden, Tensor) or hidden.dim() != 2 or not hidden.is_floating_point():
+        raise ValueError(f"hidden must be floating-point [N, d], got {described(hidden)}")
+    N, d = hidden.shape
+    V = max(1, len(weight)) if isinstance(weight, Tensor) and weight.dim() else 1
+    expect("weight", weight, hidden.dtype, [V, d], hidden.device)
+    expect("targets", targets, torch.int64, [N], hidden.device)
+    wide = torch.promote_types(hidden.dtype, torch.float32)  # to compute in
+    tau = torch.as_tensor(temperature, dtype=wide, device=hidden.device)
+    if tau.requires_grad or tau.shape not in ((), (N,)):
+        raise ValueError(f"temperature must be a number or [{N}] without gradient, got {described(tau)}")
+    outside = (targets < 0) | (targets >= V)
+    refuse({f"targets must lie in [0, V) = [0, {V})": outside, "temperature must be positive": ~(tau > 0)})
+
     tile = 128 * max(N, 1) * hidden.element_size()  # bytes of 128 columns, which keep accesses aligned
     most = max(logit_bytes // tile, 1) * 128
     fits = N * V * hidden.element_size() <= logit_bytes
     width = V if fits else min(V, 128 * ceil(V / 128 / ceil(V / most)))  # about equal slices
     keep = fits and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return RowLogprobs.apply(hidden, weight, targets, inv_tau, width, keep)
+    return RowLogprobs.apply(hidden, weight, targets, (1 / tau).expand(N).contiguous(), width, keep)
 
 
 def dual_segment_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    action_mask: Tensor,
-    observation_mask: Tensor,
-    action_temperature: float = 1.0,
-    observation_temperature: float = 1.0,
-    *,
-    logit_bytes: int = LOGIT_BYTES,
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, ids: Tensor, action_mask: Tensor, observation_mask: Tensor,
+    action_temperature: float = 1.0, observation_temperature: float = 1.0, *, logit_bytes: int = LOGIT_BYTES,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """hidden[B, T, d], weight[V, d], ids[B, T], masks[B, T] -> logp_action[Na], logp_observation[No]
 
     A mask marks the tokens to score. The hidden state before a token scores it: the caller shifts nothing and
@@ -168,9 +155,7 @@ def dual_segment_logprobs(
     mask, as ids[mask] would be; an empty mask gives an empty result that still backpropagates zeros. One
     temperature a segment: the sampler's for actions, usually 1 for observations. Both segments share one call
     of row_logprobs, whose logit_bytes applies.
-
-    Raises ValueError that names the argument: as row_logprobs, a marked token 0, masks that overlap.
-    """
+    Raises ValueError that names the argument: as row_logprobs, a marked token 0, masks that overlap."""
     if not isinstance(hidden, Tensor) or hidden.dim() != 3:
         raise ValueError(f"hidden must be [B, T, d], got {described(hidden)}")
     (B, T, d), masks = hidden.shape, {"action_mask": action_mask, "observation_mask": observation_mask}
@@ -181,14 +166,12 @@ def dual_segment_logprobs(
     for name, tau in taus.items():
         if not tau > 0:
             raise ValueError(f"{name} must be positive, got {tau}")
-    first = [mask[:, :1].any() for mask in masks.values()]
-    *first, overlap = torch.stack([*first, (action_mask & observation_mask).any()]).tolist()
-    if any(first):
-        name = "action_mask" if first[0] else "observation_mask"
-        raise ValueError(f"{name} marks token 0, which no hidden state precedes")
-    if overlap:
-        raise ValueError("action_mask and observation_mask overlap: a token belongs to one segment")
-
+    overlap = action_mask & observation_mask
+    refuse({
+        "action_mask marks token 0, which no hidden state precedes": action_mask[:, :1],
+        "observation_mask marks token 0, which no hidden state precedes": observation_mask[:, :1],
+        "action_mask and observation_mask overlap: a token belongs to one segment": overlap,
+    })  # fmt: skip
     segments = [mask.flatten().nonzero()[:, 0] for mask in masks.values()]  # flat (b, t): [Na], [No]
     split, rows = [len(segment) for segment in segments], torch.cat(segments)  # rows[N]
     h = hidden.reshape(B * T, d).index_select(0, rows - 1)  # the shift; t >= 1, so the same b
@@ -197,11 +180,8 @@ def dual_segment_logprobs(
 
 
 def head_weight(model: nn.Module) -> Tensor:
-    """The weight[V, d] of a Hugging Face model's output head, tied or not; refuses a head that is more.
-
-    Reading .weight off a LoRA-wrapped head would silently train nothing; a bias, a soft cap or a logit scale
-    would silently be left out.
-    """
+    """The weight[V, d] of a Hugging Face model's output head, tied or not; refuses a head that is more: a
+    LoRA-wrapped one would silently train nothing; a bias, a soft cap or a logit scale would be left out."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         raise TypeError(f"model: the output head must be a plain nn.Linear without bias, got {head!r}")
@@ -221,22 +201,9 @@ def expect(name: str, value, dtype: torch.dtype, shape: list[int], device: torch
         raise ValueError(f"{name} must be {wanted}, got {described(value)}")
 
 
-def checked_inverse_temperature(hidden, weight, targets, temperature) -> Tensor:
-    """Checks the arguments of row_logprobs; returns 1 / temperature, [N], in the dtype to compute in."""
-    if not isinstance(hidden, Tensor) or hidden.dim() != 2 or not hidden.is_floating_point():
-        raise ValueError(f"hidden must be floating-point [N, d], got {described(hidden)}")
-    N, d = hidden.shape
-    V = max(1, len(weight)) if isinstance(weight, Tensor) and weight.dim() else 1
-    expect("weight", weight, hidden.dtype, [V, d], hidden.device)
-    expect("targets", targets, torch.int64, [N], hidden.device)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    tau = torch.as_tensor(temperature, dtype=wide, device=hidden.device)
-    if tau.requires_grad or tau.shape not in ((), (N,)):
-        raise ValueError(f"temperature must be a number or [{N}] without gradient, got {described(tau)}")
-    outside = ((targets < 0) | (targets >= V)).any()
-    outside, positive = torch.stack([outside, (tau > 0).all()]).tolist()  # one wait for the device
-    if outside:
-        raise ValueError(f"targets must lie in [0, V) = [0, {V})")
-    if not positive:
-        raise ValueError("temperature must be positive")
-    return (1 / tau).expand(N).contiguous()
+def refuse(wrong: dict[str, Tensor]) -> None:
+    """Raises ValueError with the first message whose tensor holds a True; waits for the device once."""
+    found = torch.stack([at.any() for at in wrong.values()]).tolist()
+    for message, is_wrong in zip(wrong, found, strict=True):
+        if is_wrong:
+            raise ValueError(message)

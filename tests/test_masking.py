@@ -119,7 +119,7 @@ def test_action_weights():
         pytest.approx([1 / 14]),
         pytest.approx([1 / 2]),
     ]
-    with pytest.raises(ValueError, match="policy_norm"):
+    with pytest.raises(KeyError, match="batch"):  # Config refuses it by its field's name
         action_weights(action, GROUPS, "batch")
 
 
@@ -134,7 +134,7 @@ def test_observation_weights():
     assert row_values(everywhere, observation) == [pytest.approx([1 / 4]), [], pytest.approx([1 / 4])]
     with_warnings = observation_weights(ROLES, observation_mask(ROLES, warnings_as_targets=True))
     assert torch.allclose(with_warnings.sum(1), torch.full((3,), 1 / 3))
-    with pytest.raises(ValueError, match="observation_norm"):
+    with pytest.raises(KeyError, match="mean"):
         observation_weights(ROLES, observation, "mean")
 
 

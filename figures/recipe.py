@@ -65,9 +65,9 @@ def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
 
 
 def cells(lines: list[dict]) -> dict[str, dict[int, list[dict]]]:
-    """key without its seed -> seed -> the lines of a run, in order."""
+    """key without its seed -> seed -> the full evaluations of a run, in order."""
     found: dict[str, dict[int, list[dict]]] = {}
-    for line in lines:
+    for line in [line for line in lines if "pass_rate" in line]:  # not the small evaluations
         found.setdefault(line["key"].rpartition("/")[0], {}).setdefault(line["seed"], []).append(line)
     return found
 

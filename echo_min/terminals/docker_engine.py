@@ -142,7 +142,7 @@ def _digest(folder: Path) -> str:
 
 
 class Stream:
-    """A container or a command: its stdin and output; that comes as frames of 8 bytes (4: a length) and data."""
+    """Stdin and output of a container or a command; output comes in frames: 8 bytes (4: a length), data."""
 
     def __init__(self, raw):
         self._raw, self._socket, self._come = raw, getattr(raw, "_sock", raw), b""

@@ -137,7 +137,7 @@ def test_a_container_is_confined(open_here, tmp_path):
 
 
 def test_more_processors_than_there_are(open_here, tmp_path):
-    with open_here(harbor(tmp_path, settings="cpus = 1e9")) as terminal:  # noqa: F811
+    with open_here(harbor(tmp_path, environment="cpus = 1e9")) as terminal:  # noqa: F811
         assert terminal.run("echo hi").text == "hi\n"
 
 

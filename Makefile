@@ -56,7 +56,7 @@ gpu: .venv/bench
 
 # figures draws from the committed data; reproduce makes what is missing of it (hours), reproduce-quick tries every
 # kind of run at a toy size.
-FIGURES := learning_curves lambda_sweep verifier_free
+FIGURES := recipe learning_curves lambda_sweep verifier_free
 .PHONY: figures reproduce reproduce-quick
 figures: .venv/ready
 	for name in $(FIGURES) held_out_ce surprise; do $(PY) figures/$$name.py || echo "$$name: not drawn"; done

@@ -6,13 +6,15 @@ reply is one bash command as it would be typed, or the word `done`; and qwen, th
 thinking and one tool call (harness_qwen.py).
 """
 
-from echo_min import harness_qwen as qwen
+from dataclasses import dataclass
+
 from echo_min.masking import Role, Segment
 from echo_min.tasks import Task
-from echo_min.terminal import DONE, Action, Output
+from echo_min.terminal import Output
 
 END = "<|im_end|>"  # closes a message; the only token that ends a reply well
 MARKERS = (END, "<|im_start|>", "<|endoftext|>")  # a reply ends at any of them
+DONE = "done"  # a plain reply, or a script's line, that ends the episode
 ASSISTANT = f"{END}\n<|im_start|>assistant\n"  # closes a message and opens the reply to it
 WARNINGS = CUT, FORGED, EMPTY = (
     "The reply was cut at its token limit; nothing was run.",
@@ -21,17 +23,27 @@ WARNINGS = CUT, FORGED, EMPTY = (
 )
 
 
+@dataclass(frozen=True)
+class Action:
+    """What a reply asks for: a command, or the episode's end, or, with a warning, nothing."""
+
+    command: str = ""
+    timeout: float | None = None  # seconds
+    done: bool = False
+    warning: str = ""
+
+
 def prompt(task: Task, style: str = "plain") -> list[Segment]:
     task_message = [(Role.SCAFFOLD, "<|im_start|>user\n"), (Role.PROMPT, task.instruction)]
     if style == "qwen":
-        system = [(Role.SCAFFOLD, "<|im_start|>system\n"), (Role.PROMPT, qwen.SYSTEM)]
+        system = [(Role.SCAFFOLD, "<|im_start|>system\n"), (Role.PROMPT, _qwen().SYSTEM)]
         task_message = [*system, (Role.SCAFFOLD, f"{END}\n"), *task_message]
     return [*task_message, (Role.SCAFFOLD, ASSISTANT)]
 
 
 def reply(command: str, style: str = "plain") -> str:
     """A command, or DONE, as a policy would have written it."""
-    return qwen.reply(command) if style == "qwen" else command
+    return _qwen().reply(command) if style == "qwen" else command
 
 
 def parse(reply: str, ended_by: str | None, style: str = "plain") -> Action:
@@ -41,7 +53,7 @@ def parse(reply: str, ended_by: str | None, style: str = "plain") -> Action:
     if not reply.strip():
         return Action(warning=EMPTY)
     if style == "qwen":
-        return qwen.parse(reply)
+        return _qwen().parse(reply)
     command = reply.strip()
     return Action(done=True) if command == DONE else Action(command)
 
@@ -65,4 +77,10 @@ def warning_block(warning: str) -> str:
 
 def warnings(style: str) -> tuple[str, ...]:
     """All that a style can complain of."""
-    return WARNINGS + (qwen.WARNINGS if style == "qwen" else ())
+    return WARNINGS + (_qwen().WARNINGS if style == "qwen" else ())
+
+
+def _qwen():
+    from echo_min import harness_qwen  # here, as it takes Action from this module
+
+    return harness_qwen

@@ -3,7 +3,7 @@ or done(). Only the first call of a turn is run."""
 
 import re
 
-from echo_min.terminal import DONE, Action
+from echo_min.harness import DONE, Action
 
 WARNINGS = NO_CALL, UNCLOSED, BAD_CALL, NO_TOOL, BAD_TIMEOUT, ONE_CALL = (
     "The reply called no tool; nothing was run.",

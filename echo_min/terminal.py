@@ -14,19 +14,6 @@ COMMAND_BYTES = 64 * 1024  # of one command at most
 GRACE_SECONDS = 3.0  # beyond a time limit, to kill what is late: milliseconds, but the machine may be crowded
 
 
-DONE = "done"  # a plain reply, or a script's line, that ends the episode
-
-
-@dataclass(frozen=True)
-class Action:
-    """What a reply asks for: a command, or the episode's end, or, with a warning, nothing."""
-
-    command: str = ""
-    timeout: float | None = None  # seconds
-    done: bool = False
-    warning: str = ""
-
-
 @dataclass(frozen=True)
 class Output:
     """What a command printed, stdout and stderr as they came, and how it ended. Timed out: exit code 124."""

@@ -157,6 +157,7 @@ def area(lines: list[dict], key: str) -> dict[int, float]:
 def peak_step(lines: list[dict], grpo: list[dict]) -> dict[int, float]:
     """seed -> (first step at which this arm reaches GRPO's best pass rate) / (GRPO's own first such step)."""
     ratios = {}
+    lines, grpo = ([x for x in some if "pass_rate" in x] for some in (lines, grpo))  # no small evaluations
     for seed in {line["seed"] for line in lines} & {line["seed"] for line in grpo}:
         own = stats.pick(grpo, seed=seed)
         best = max(line["pass_rate"] for line in own)

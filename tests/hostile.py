@@ -74,7 +74,7 @@ ATTACKS = [
     ("host file by the root's other name",
      "cat /proc/1/root{secret} /proc/self/root{secret}; echo $?", r"1\s*$"),
     ("host file by a symlink", "ln -s {secret} s; ln -s / r; cat s r{secret}; echo $?", r"1\s*$"),
-    ("password file", "cat /etc/shadow /root/.ssh/* /root/.bash_history; echo $?", r"1\s*$"),
+    ("password file", "cat /etc/shadow ~root/.ssh/* /roo?/.ssh/* /roo?/.*history; echo $?", r"1\s*$"),
     ("host processes", "ps -eo args= | grep -c [p]ytest", r"^0"),
     ("kernel memory", "head -c 9 /dev/mem /dev/kmem /proc/kcore /dev/port; echo $?", r"1\s*$"),
     ("disks", "head -c 9 /dev/vda /dev/sda /dev/nvme0n1; echo $?", r"1\s*$"),

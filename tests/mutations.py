@@ -506,7 +506,7 @@ MUTATIONS = {
         ("noise of scoring", "Noise.SCORING, config.seed", "Noise.TRAINING, config.seed", "eval"),
         ("noise of the seed", "Noise.SCORING, config.seed", "Noise.SCORING, 0", "eval"),
         ("the sign of nats", "-sum(logprobs.values())", "sum(logprobs.values())", "eval"),
-        ("a part", "== greedy][: config.terminals]", "== greedy]", "eval::few_open_files_are_enough"),
+        ("a part", "== greedy][: config.terminals]", "== greedy]", "eval"),
         ("an oracle out of time", "if output.timed_out:", "if False:", "eval"),
         ("the oracle's time", "timeout=task.limits.agent_seconds", "timeout=None", "eval"),
         ("the oracle", 'if agent == "oracle":', "if True:", "eval"),

@@ -12,17 +12,19 @@ import pytest
 
 import eval
 import train
-from echo_min import checkpoint, evaluate
+from echo_min import checkpoint, evaluate, report, terminal
 from echo_min.config import Config, RunEnded
 from echo_min.evaluate import Examination
-from echo_min.rollout import Episode
+from echo_min.rollout import Episode, Noise, StopReason
+from echo_min.tasks import Limits, Task
+from echo_min.terminal import TerminalDied
 from echo_min.worlds.registry import load_tasks
 
 ROOT = Path(__file__).parent.parent
 SMALL = Config(
     name="small", arms="echo", device="cpu", base_demonstrations=24, base_steps=3, steps=0, eval_tasks=4
 )
-TASK = "instruction.md", "tests/test.sh", "environment/Dockerfile", "task.toml"
+FILES = "instruction.md", "tests/test.sh", "environment/Dockerfile", "task.toml"
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def trial(task, member, reward):
 
 def folder_of_tasks(path: Path, count: int) -> Path:
     for i in range(count):
-        for name in TASK:
+        for name in FILES:
             (path / f"task-{i}" / name).parent.mkdir(parents=True, exist_ok=True)
             (path / f"task-{i}" / name).write_text("")
     return path
@@ -106,6 +108,73 @@ def test_a_published_model_was_trained_on_no_folder(tmp_path):
     flags = [str(tmp_path), "--preset", "qwen3_0_6b", "--tasks", "tasks", "--backend", "docker"]
     config, _ = eval.settings(eval.eval_args("", flags))
     assert config.tasks == "world:" and config.context == 16_384  # the preset's own are "tasks"
+
+
+def test_what_is_given_holds_even_if_it_is_zero_and_containers_are_few():
+    def settings(*flags):
+        return eval.settings(eval.eval_args("", ["--agent", "noop", *flags]))[0]
+
+    assert settings("--backend", "docker").terminals == 4 != settings().terminals == Config().terminals
+    assert settings("--backend", "docker", "--terminals", "9").terminals == 9
+    assert settings("--seed", "0").seed == 0 != Config().seed
+
+
+def test_held_out_tasks_of_a_world_are_played():
+    held_out = [task.name for task in load_tasks("world:tool", False, Config().seed).held_out]
+    assert chosen("world:tool", "world:tool") == held_out and len(held_out) == 200
+
+
+def test_trials_are_played_in_parts_so_that_a_kill_loses_one(policy, tmp_path, monkeypatch):
+    real, parts, keys, episodes = eval.sample_episodes, [], [], []
+
+    def sample_episodes(*args):
+        keys.append(args[-2])
+        parts.append(args[-1])
+        episodes.extend(played := real(*args))
+        return played
+
+    monkeypatch.setattr(eval, "sample_episodes", sample_episodes)
+    flags = ["-k", "2", "--limit", "4", "--terminals", "3", "--seed", "5", "--out", str(tmp_path)]
+    eval.cli([str(policy), *flags])
+    assert list(map(len, parts)) == [3, 3, 2, 3, 1] and keys == [(Noise.SCORING, 5)] * 3 + [None] * 2
+    config, folder = eval.settings(eval.eval_args("", [str(policy), *flags]))
+    model, _ = checkpoint.load_policy(folder)
+    logprobs = eval.observation_logprobs(model, [e.transcript for e in episodes], config)
+    nats = [-sum(positions.values()) for positions in logprobs]
+    found = [t["observation_nats"] for t in trials(tmp_path).values()]
+    assert found == pytest.approx(nats, rel=1e-4) and max(found) > 0
+    assert all(len({member == "greedy" for _, member in part}) == 1 for part in parts)
+
+
+def test_an_oracle_runs_the_solution_for_as_long_as_an_agent_may(tmp_path):
+    limits = Limits(command_seconds=0.3, agent_seconds=8.0)
+    task = Task("slow", "", "[[ -e done ]] || exit 1", "sleep 0.6; touch done", limits=limits)
+    episode, said = eval.scripted("oracle", task, "sandbox")
+    assert (episode.reward, episode.stop, said) == (1.0, StopReason.DONE, "\n(exit_code=0)")
+    late, _ = eval.scripted("oracle", replace(task, limits=replace(limits, agent_seconds=0.3)), "sandbox")
+    assert (late.reward, late.stop) == (0.0, StopReason.AGENT_TIMEOUT)
+    assert eval.scripted("noop", task, "sandbox")[0].reward == 0.0
+    tasks = folder_of_tasks(tmp_path, 2)
+    with pytest.raises(ValueError, match="no solution for an oracle to run: task-0, task-1"):
+        eval.load(eval.eval_args("", ["--agent", "oracle", "--tasks", str(tasks)]), Config())
+
+
+def test_a_lost_trial_has_no_reward_and_is_played_again(tmp_path, monkeypatch):
+    flags, lost = ["--agent", "oracle", "--limit", "3", "--out", str(tmp_path)], []
+
+    def open_terminal(task, backend):
+        if not lost:
+            lost.append(task.name)
+            raise TerminalDied("the cable was pulled")
+        return terminal.open_terminal(task, backend)
+
+    monkeypatch.setattr(eval, "open_terminal", open_terminal)
+    eval.cli(flags)
+    rewards = {task: t["reward"] for (task, _), t in trials(tmp_path).items()}
+    assert len(rewards) == 3 and {task for task, reward in rewards.items() if reward is None} == set(lost)
+    eval.cli(flags)
+    again = [t["reward"] for t in trials(tmp_path).values()]
+    assert again == [1.0] * 3 and len((tmp_path / "trials.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_second_run_plays_what_is_missing_as_one_run_would(policy, tmp_path, capsys, monkeypatch):
@@ -162,6 +231,16 @@ def test_pass_at_k_is_unbiased_and_over_every_task_with_k_graded_trials():
     assert said["pass@1 sampled"].endswith("] over 3 of 4 tasks, 9 trials")
     assert said["infra errors"] == "2 of 11 trials, in no rate: lost"
     assert lines(few, 5, 4)["pass@5 sampled"] == "over 0 of 4 tasks, 0 trials"
+
+
+def test_stops_are_of_all_trials_and_intervals_of_independent_draws():
+    lost = trial("a", 9, None)._replace(stop="infra_error")
+    some = [trial(task, member, float(member < 1)) for task in "ab" for member in range(4)]
+    said = lines([*some, lost, *[lost._replace(member=m) for m in range(10, 17)]], 2, 2)
+    assert "done 50.0%" in said["stops"] and "infra_error 50.0%" in said["stops"]
+    _, low, high = report.rate_interval([0.5, 0.5], 2 * 2)  # of four trials two pairs, a task
+    assert said["pass@2 sampled"].startswith(f"0.500 [{low:.3f}, {high:.3f}] ")
+    assert (low, high) != report.rate_interval([0.5, 0.5], 2 * 4)[1:]
 
 
 def test_columns_are_aligned_and_of_graded_trials():

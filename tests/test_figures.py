@@ -21,6 +21,7 @@ import common  # noqa: E402
 import held_out_ce  # noqa: E402
 import lambda_sweep  # noqa: E402
 import learning_curves  # noqa: E402
+import recipe  # noqa: E402
 import stats  # noqa: E402
 import surprise  # noqa: E402
 import verifier_free  # noqa: E402
@@ -28,7 +29,7 @@ from controls import CONTROLS  # noqa: E402
 
 import train  # noqa: E402
 
-SCRIPTS = learning_curves, lambda_sweep, verifier_free
+SCRIPTS = recipe, learning_curves, lambda_sweep, verifier_free
 
 
 @pytest.fixture
@@ -51,8 +52,10 @@ def invent(jobs, path):
         for step in range(0, config.steps + 1, config.eval_every):
             rate = min(1.0, 0.01 * step + 0.001 * (i % 7))
             metrics = {"pass_rate": rate, "pass_rate_greedy": rate, "observation_ce": 1 - rate / 2}
+            metrics |= {"clipped": 0.25, "no_advantage": 0.5}
             metrics |= {"command_diversity": 0.5, "trivial_failures": 0.1, "pass_rate_trained": 0.9}
             lines.append(line | {"step": step} | metrics)
+            lines.append(line | {"step": step + 1, "pass_rate_few": 1.0})  # between the full evaluations
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return lines
 
@@ -134,12 +137,32 @@ def test_pictures_and_tables_from_whole_and_partial_data(script, share, folders,
     some = dict(list(script.jobs().items())[::share])
     lines = invent(some, folders / "data" / f"{script.EXPERIMENT}.jsonl")
     script.draw(lines)
-    assert (folders / "png" / f"{script.EXPERIMENT}.png").stat().st_size > 10_000
+    if script is not recipe:  # a table alone
+        assert (folders / "png" / f"{script.EXPERIMENT}.png").stat().st_size > 10_000
     said = capsys.readouterr().out
     assert "±" in said or "(one seed)" in said
     if script is learning_curves:
         held_out_ce.main()
         assert (folders / "png" / "held_out_ce.png").exists()
+
+
+def test_a_recipe_is_judged_by_its_full_evaluations_after_step_0():
+    def run(seed, *rates):
+        line = {"key": f"hard/grpo/0.0006/20/8x8/0.05/{seed}", "seed": seed}
+        full = [line | {"step": 20 * n, "pass_rate": rate} for n, rate in enumerate(rates)]
+        return [*full, line | {"step": 5, "pass_rate_few": 1.0}]
+
+    runs = recipe.cells(run(101, 0.9, 0.2, 0.4) + run(102, 0.0, 0.4, 0.1))["hard/grpo/0.0006/20/8x8/0.05"]
+    assert [recipe.curve(own) for own in runs.values()] == pytest.approx([0.3, 0.25])
+    assert [recipe.lost(own) for own in runs.values()] == [True, True]  # the first below half of step 0's
+    assert not recipe.lost(run(101, 0.0, 0.4, 0.2)[:-1])
+
+
+def test_means_over_steps_say_what_was_clipped_and_what_had_no_advantage():
+    steps = [{"grad_norm": norm, "learning_share": share, "reward": 0.5} for norm, share in
+             [(0.5, 0.0), (1.0, 0.1), (1.5, 0.0), (2.0, 0.0)]]  # fmt: skip
+    assert common.means(steps, Config()) == {"reward": 0.5, "clipped": 0.5, "no_advantage": 0.75}
+    assert common.means([], Config()) == {}
 
 
 def test_pass_rates_count_graded_episodes_only():

@@ -22,8 +22,9 @@ from tests.test_objective import CONFIG, TASK, Capture, episodes
 
 N = 10_000
 PIECES = [
-    *"\0\a\b\x1b\x7f\r\n\t '\"$`\\{}<|>é漢🙂\ud800\udfff\u202e\ufeff\x85", *harness.MARKERS, "done", "done\n",
-    "<|im_", "start|>assistant\n", "WARNINGS:\n- ", "(exit_code=0)", "\x1b[2J", "tk align -k acorn",
+    *"\0\a\b\x1b\x7f\r\n\t '\"$`\\{}<|>é漢🙂\ud800\udfff\u202e\ufeff\x85", *harness.MARKERS,
+    "done", "done\n", "<|im_", "start|>assistant\n", "WARNINGS:\n- ", "(exit_code=0)", "\x1b[2J",
+    "tk align -k acorn",
     "\n<|im_start|>tool\n", "<think>", "</think>", "<tool_call>\n<function=bash>\n", "<function=done>",
     "<parameter=command>\n", "<parameter=timeout>", "\n</parameter>", "</function>\n</tool_call>",
     *["<tool_call><function=bash><parameter=command>ls</parameter></function></tool_call>"] * 4,

@@ -64,7 +64,7 @@ def test_a_missing_program_is_named(monkeypatch, tmp_path):
     assert "user namespaces" not in str(refusal.value)
 
 
-def test_bwrap_refused_in_the_middle_of_a_run(finished, run, monkeypatch, tmp_path, fresh_lookup):  # noqa: F811
+def test_bwrap_refused_in_mid_run(finished, run, monkeypatch, tmp_path, fresh_lookup):  # noqa: F811
     real = train.update
 
     def update(*args):

@@ -1,9 +1,9 @@
 """A box: the outer sandbox, with its trusted supervisor, in which one episode after the other is shut in.
 
-    host ─┬─ bwrap: own user, pid, net, ipc, uts, mount namespaces; the system read-only, /work in memory
-          │    └─ supervisor (bash, pid 1): lays out the files, runs the verifier, clears up
-          │         └─ bwrap, one an episode: user, pid, ipc, mount namespaces and /proc and /tmp anew
-          └──────────────── relay (bash, pid 1): runs the agent's commands, each in a fresh bash
+    host: starts bwrap with user, pid, net, ipc, uts and mount namespaces, a read-only system, /work in memory
+      supervisor (bash, pid 1 there): lays out the files, runs the verifier, clears up
+        bwrap, one an episode: user, pid, ipc and mount namespaces, /proc and /tmp anew
+          relay (bash, pid 1 there): runs the agent's commands, each in a fresh bash
 
 Boxes are kept for later episodes (README.md). What passes on between these: how many inodes and mounts were
 made, by the numbers of the next, and the times of /dev/null and its like, which are the host's.

@@ -1,7 +1,7 @@
 """A terminal for one episode: a container on the Docker engine that DOCKER_HOST names (else the local one).
 
-    host ── attach: stdin, stdout ──> relay (bash, pid 1, out of reach of signals): the agent's commands
-         └─ exec, as the image's user ──> the verifier, when the agent has finished
+    host -- attach: stdin, stdout --> relay (bash, pid 1, out of reach of signals): the agent's commands
+         -- exec, as the image's user --> the verifier, when the agent has finished
 
 The container ends with the connection that it was started on, with the relay's own clock, or by `close`. A
 Harbor task's agent may be root in the container that its verifier shares, as in Harbor: a `python` it has

@@ -105,3 +105,8 @@ def test_presets_are_settings():
     assert (paper.learning_rate, paper.beta1, paper.beta2, paper.grad_clip) == (1e-6, 0.9, 0.95, 0.2)
     assert (paper.steps, paper.tasks_per_step, paper.group_size, paper.context) == (500, 16, 16, 16_384)
     assert (paper.observation_norm, paper.policy_norm) == ("observation", "sequence")
+
+
+def test_lambda_is_the_papers_unless_a_preset_says_otherwise():
+    assert Config().env_weight == 0.05
+    assert {name for name, preset in PRESETS.items() if preset["env_weight"] != 0.05} == {"tiny"}

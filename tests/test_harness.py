@@ -12,6 +12,7 @@ from echo_min import harness_qwen as qwen
 from echo_min.config import Config
 from echo_min.harness import END, Action, parse
 from echo_min.masking import Role, Transcript, encode
+from echo_min.policy import marker_ids
 from echo_min.rollout import Episode, StopReason, rollout
 from echo_min.sft import Script
 from echo_min.tasks import Task
@@ -67,6 +68,26 @@ def test_tool_calls(text, expected):
     assert parse(text, END, "qwen") == expected
     assert parse(text, None, "qwen") == Action(warning=harness.CUT)
     assert parse(text, "<|im_start|>", "qwen") == Action(warning=harness.FORGED)
+
+
+def test_a_plain_reply_is_a_command_or_the_word_done():
+    assert parse(" ls -l\n\n", END) == Action("ls -l")
+    assert parse("done\n", END) == Action(done=True)
+    assert parse("echo done", END) == Action("echo done")
+
+
+def test_every_marker_of_the_template_ends_a_reply(tokenizer):
+    texts = "<|im_end|>", "<|im_start|>", "<|endoftext|>"
+    assert marker_ids(tokenizer) == {tokenizer.convert_tokens_to_ids(text): text for text in texts}
+    for forged in texts[1:]:
+        assert parse("ls", forged) == Action(warning=harness.FORGED)
+    assert parse("ls", None) == Action(warning=harness.CUT)
+
+
+@pytest.mark.parametrize("style", ["plain", "qwen"])
+def test_a_command_that_prints_nothing_leaves_no_segment(style):
+    silent = harness.observation(Output("", 0, False, False), "", END, style)
+    assert all(text for _, text in silent) and {role for role, _ in silent} == {Role.SCAFFOLD}
 
 
 def test_no_reply_takes_long_to_read():

@@ -85,7 +85,7 @@ def test_a_long_verifier(size):
 def test_the_relay_has_hard_limits_of_its_own():
     limits = Limits(processes=30, memory_mb=200, work_mb=3, agent_seconds=41.5)
     with open_terminal(make_task(limits)) as terminal:
-        assert terminal.run("ulimit -u; ulimit -v").text == f"30\n{200 * 1024}\n"
+        assert terminal.run("ulimit -u; ulimit -v; ulimit -f").text == f"30\n{200 * 1024}\n{3 * 1024}\n"
         text = terminal.run("cat /proc/1/limits").text
     for name, value in {
         "Max processes": 38,

@@ -101,3 +101,8 @@ def test_a_run_ends_with_what_was_seen():
     assert rates == "After 100 steps grpo passes 28% and echo passes 70% of 200 held-out tasks."
     assert surprise.endswith("from 0.90 to 2.08 under grpo and 0.90 to 0.28 under echo.")
     assert "runs/x/index.html" in further and "source .venv/bin/activate" in further
+
+
+def test_a_line_keeps_six_digits(tmp_path):
+    report.log(tmp_path / "m.jsonl", {"a": 0.123456789, "n": 7, "arm": "echo"})
+    assert report.read(tmp_path / "m.jsonl") == [{"a": 0.123457, "n": 7, "arm": "echo"}]

@@ -10,7 +10,7 @@ import transformers
 
 from echo_min.config import Config, RunEnded
 from echo_min.policy import marker_ids
-from echo_min.sampler import Sampler
+from echo_min.sampler import RowCache, Sampler
 
 CONFIG = Config(temperature=0.8, context=1000)
 
@@ -184,3 +184,31 @@ def test_logits_that_are_not_finite_stop_the_run(model):
         model.get_output_embeddings().weight[:] = float("nan")
     with pytest.raises(RunEnded, match="not finite"):
         Sampler(model, set(), CONFIG, noise(0)).reply([0], [[3]], 9)
+
+
+def test_a_context_holds_a_reply_that_just_fits(model):
+    config = replace(CONFIG, context=20)
+    ((ids, _),) = Sampler(model, set(), config, noise(0)).reply([0], [[3] * 11], 9)
+    assert len(ids) == 9
+    with pytest.raises(ValueError, match="context: 20 tokens do not hold a reply of 9"):
+        Sampler(model, set(), config, noise(0)).reply([0], [[3] * 12], 9)
+
+
+def test_no_pass_and_no_copy_of_the_cache_is_made_for_nothing(model, monkeypatch):
+    sampler, passes, copies = Sampler(model, set(), CONFIG, noise(0, 1)), [], []
+    forward, arrange = Sampler._forward, RowCache.arrange
+    monkeypatch.setattr(Sampler, "_forward", lambda self, *args: passes.append(1) or forward(self, *args))
+    monkeypatch.setattr(RowCache, "arrange", lambda self, rows: copies.append(rows) or arrange(self, rows))
+    sampler.reply([0, 1], [[3], [4]], 9)
+    assert len(passes) == 9 and len(copies) == 1  # the prompt's gives the first token
+    sampler.reply([1, 0], [[3], [4]], 2)  # who asks in another order finds the rows where they are
+    assert len(passes) == 11 and len(copies) == 1
+
+
+def test_the_last_id_of_the_vocabulary_can_be_sampled(model):
+    V = model.config.vocab_size
+    logits = torch.full((2, V), -50.0)
+    logits[:, -1] = 50.0
+    share = [0.5, 1 - 2**-53]  # the largest that a generator draws
+    tokens, logprobs = Sampler(model, set(), CONFIG, noise(0, 1))._pick(logits, share)
+    assert tokens.tolist() == [V - 1] * 2 and logprobs.tolist() == [0.0] * 2

@@ -467,10 +467,9 @@ except OSError:
 LOOK = """ls -lnR --time-style=+ /work /tmp; stat -c %a /work /dev/pts
 stat -c %x,%y /work /dev/pts | sed 's/-[^,]*//g'
 ps -eo args=; umask; pwd; lsattr -d /work; cat /proc/net/{dev,snmp,tcp}
-python3 -c 'import ctypes, fcntl as f, os
-print(ctypes.CDLL(None).shmget(7, 9, 0), [f.fcntl(1, x) for x in (f.F_GETFL, f.F_GETOWN, 11, 1032)])
-print(oct(os.fstat(1).st_mode), os.fstat(1).st_mtime > 9)
-f.flock(os.open("/proc/self/fd/1", os.O_WRONLY), f.LOCK_EX | f.LOCK_NB)' | sed s/Permission.*//
+python3 -c 'import ctypes, fcntl as f, os  # 2: the pipe that commands print to
+print(ctypes.CDLL(None).shmget(7, 9, 0), [f.fcntl(2, x) for x in (f.F_GETFL, f.F_GETOWN, 11, 1032)])
+print(oct(os.fstat(2).st_mode), os.fstat(2).st_mtime > 9, "lock:" in open("/proc/self/fdinfo/2").read())'
 """
 LEFT_BEHIND = {
     "files": ("echo secret | tee a .b /tmp/c; mkdir -p d/e/f; mkfifo g; ln -s / h", True),
@@ -478,7 +477,7 @@ LEFT_BEHIND = {
     "processes": ("setsid sleep 60 & (trap '' TERM; sleep 60) & disown", True),
     "a fork bomb": (FORK_BOMB, True),
     "the folder's mode": ("chmod 7777 /work", True),
-    "the folder's times": ("touch -d 2040-01-01 /work", True),
+    "the folder's times": ("rm x; touch -d 2040-01-01 /work", True),
     "the folder's attributes": ("chattr +Ad /work", True),
     "terminals": ("chmod 777 /dev/pts; touch -d 2001-01-01 /dev/pts", True),
     "the pipe's state": (f'python3 -c "{PIPE}"', True),

@@ -1,5 +1,6 @@
 """The supervised stage: what it minimises, at which learning rate, and on what."""
 
+import random
 import shutil
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from echo_min.masking import Role
 from echo_min.rollout import StopReason
 from echo_min.sft import Script, make_base, record, supervise
 from echo_min.terminal import TerminalDied
+from echo_min.tiny import tiny_model
 from echo_min.worlds.registry import load_world
 from tests.test_objective import close, episodes
 
@@ -78,6 +80,17 @@ def test_it_minimises_the_weighted_cross_entropies(model, steps, actions, observ
     supervise(model, [episode], config, action_weight=actions)
     ((_, _, grads),) = steps
     close(grads, expected)
+
+
+def test_every_episode_weighs_alike_however_rl_is_normalised(model, steps):
+    some, config = episodes(model.config.vocab_size), replace(CONFIG, base_steps=1)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    for norm in ("sequence", "token"):
+        model.load_state_dict(weights)
+        supervise(model, some, replace(config, policy_norm=norm))
+    assert len({len(e.transcript) for e in some}) > 1
+    (_, _, one), (_, _, other) = steps
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_its_gradient_is_clipped(model, steps):
@@ -160,6 +173,10 @@ def test_a_base_is_that_of_its_seed_and_learns_from_demonstrations_alone(tmp_pat
     assert len(seen[0]) == 5 and all(e.stop in (StopReason.DONE, StopReason.MAX_TURNS) for e in seen[0])
     trained_on = {task.tools["tk"] for task in WORLD.train + WORLD.held_out}
     assert not {e.task.tools["tk"] for e in seen[0]} & trained_on  # tools of other facts
+    start = [tiny_model(load_policy(tmp_path / "c")[1], seed) for seed in (0, 3)]
+    made = load_policy(tmp_path / "c")[0].get_output_embeddings().weight
+    far, near = ((made - m.get_output_embeddings().weight).abs().mean() for m in start)
+    assert near < far / 2  # from the weights of its own seed
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b != c
     assert [e.transcript.ids for e in seen[0]] == [e.transcript.ids for e in seen[1]]
@@ -172,6 +189,13 @@ def test_a_base_is_that_of_its_seed_and_learns_from_demonstrations_alone(tmp_pat
         assert len(tokenizer.encode(harness.warning_block(warning))) < 24
 
 
+def test_words_of_held_out_tasks_are_tokens_too(tokenizer):
+    unseen = [replace(task, instruction="quixotic zeppelin") for task in WORLD.held_out]
+    demonstrations = [WORLD.weak(random.Random(0))]
+    trained = sft.trained_tokenizer(demonstrations, replace(WORLD, held_out=unseen), CONFIG)
+    assert len(trained.encode("quixotic zeppelin")) == 2
+
+
 def test_a_given_model_is_loaded_and_supervised(tmp_path, steps):
     make_base(replace(CONFIG, base_batch=2), WORLD, tmp_path / "a")
     steps.clear()
@@ -181,5 +205,8 @@ def test_a_given_model_is_loaded_and_supervised(tmp_path, steps):
     assert len(steps) == 2
     given, made = (load_policy(tmp_path / name)[0].state_dict() for name in "ab")
     assert any((given[name] != made[name]).any() for name in given)
+    for again in (False, True):
+        loaded, _ = load_policy(tmp_path / "a", gradient_checkpointing=again)
+        assert loaded.model.layers[0].gradient_checkpointing == again
     change = max((given[name] - made[name]).abs().max().item() for name in given)
     assert change < 0.01  # two steps from the given weights, not from others

@@ -25,8 +25,9 @@ from echo_min.worlds.registry import load_world
 
 ROOT = Path(__file__).parent.parent
 BF16 = Config(dtype="bfloat16", learning_rate=1e-6, weight_decay=0.0)
+# its base types plain commands: what bash says of gibberish may hold a process number, decided by the clock
 SMALL = Config(
-    name="small", arms="echo", device="cpu", threads=1, base_demonstrations=24, base_steps=3, steps=4,
+    name="small", arms="echo", device="cpu", threads=1, base_demonstrations=24, base_steps=100, steps=4,
     tasks_per_step=2, group_size=3, eval_every=2, eval_tasks=4,
 )  # fmt: skip
 

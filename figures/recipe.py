@@ -27,7 +27,10 @@ WORLDS = {  # what a world needs beside the defaults
 GRID = [(rate, warmup) for rate in (1.5e-4, 3e-4, 6e-4) for warmup in (0, 20)]
 GROUPS = (8, 8), (2, 32), (8, 16)  # tasks a step, rollouts a task
 LAMBDAS = 0.2, 1.0
-BEST_TWO: dict[tuple[str, str], list] = {}  # of GRID, by world and arm: what the first stage said
+BEST_TWO: dict[tuple[str, str], list] = {  # of GRID, by world and arm: what the first stage said
+    ("hard", "grpo"): [(6e-4, 20), (6e-4, 0)],
+    ("hard", "echo"): [(6e-4, 20), (6e-4, 0)],
+}
 BEST: dict[tuple[str, str], tuple] = {}  # rate, warm-up, groups, lambda: what the others said
 
 

@@ -47,6 +47,7 @@ class Episode:
     reward: float = float("nan")  # nan until graded
     stop: StopReason | None = None
     error: str = ""  # what failed, when stop is infra_error or broke_terminal
+    verifier_output: str = ""  # of a task's container
     turns: int = 0
     seconds: float = 0.0  # at work in the terminal
 
@@ -72,7 +73,7 @@ class Seat:
             raise ValueError(f"context: {config.context} tokens do not hold the prompt of task {task.name} "
                              f"and a reply of {config.max_action_tokens}; raise it")  # fmt: skip
         with self._guard():
-            self.terminal = open_terminal(task, config.backend, config.output_chars)
+            self.terminal = open_terminal(task, config.backend, config.output_chars, config.terminals)
         return ids
 
     def answer(self, reply: Reply) -> list[int]:
@@ -106,6 +107,7 @@ class Seat:
         if not self.episode.error:
             with self._guard():
                 self.episode.reward = self.terminal.verify()
+            self.episode.verifier_output = self.terminal.verifier_output
         self.close()
 
     def close(self) -> None:

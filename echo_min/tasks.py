@@ -14,7 +14,7 @@ class Limits:
     command_seconds: float = 5.0  # one command
     agent_seconds: float = 60.0  # all turns together
     verifier_seconds: float = 5.0
-    memory_mb: int = 256  # address space of one process
+    memory_mb: int = 256  # address space of one process; a Harbor task's container has sizes of its own
     work_mb: int = 16  # the work folder
     processes: int = 32  # alive at one time
 

@@ -159,7 +159,7 @@ def survive(host, attack, backend="sandbox"):
     command = command.replace("{port}", port).replace("{secret}", str(host.secret))
     problems = []
     with open_terminal(TASK, backend) as terminal:
-        top = terminal._box.process.pid if backend == "sandbox" else terminal._id
+        top = terminal._box.process.pid if backend == "sandbox" else terminal.id
         started = time.monotonic()
         try:
             output = terminal.run(command)

@@ -100,6 +100,10 @@ def harbor(folder, test="echo 1 > /logs/verifier/reward.txt", environment="", **
         f'version = "1.0"\n[environment]\ndocker_image = "{NAME}"\n{environment}'
     )
     task = harbor_task(folder)
+    asked = task.environment
+    sizes = {"cpus": asked.cpus or 1.0, "memory_mb": limits.pop("memory_mb", asked.memory_mb or 2048)}
+    sizes["storage_mb"] = limits.pop("storage_mb", asked.storage_mb or 10240)
+    task = replace(task, environment=replace(asked, **sizes))
     return replace(task, limits=replace(task.limits, **{"command_seconds": 5.0, **limits}))
 
 
@@ -118,7 +122,7 @@ def test_commands_and_limits(terminal):  # noqa: F811
 
 def test_a_container_is_confined(open_here, tmp_path):
     with open_here(harbor(tmp_path, environment="cpus = 0.5\nmemory_mb = 300")) as terminal:  # noqa: F811
-        inspected = docker.from_env().api.inspect_container(terminal._id)
+        inspected = docker.from_env().api.inspect_container(terminal.id)
         host = inspected["HostConfig"]
         assert (host["Privileged"], host["NetworkMode"], host["Binds"], inspected["Mounts"]) == (
             False, "none", None, [],
@@ -185,7 +189,7 @@ def test_memory_and_processes_end_within_their_limits(open_here, tmp_path):
 
 
 def test_a_full_disk_ends_the_episode(open_here, tmp_path):
-    with open_here(harbor(tmp_path, work_mb=64)) as terminal:  # noqa: F811
+    with open_here(harbor(tmp_path, storage_mb=64)) as terminal:  # noqa: F811
         started = time.monotonic()
         with pytest.raises(TerminalDied, match="more than 64 MiB"):
             terminal.run("while head -c 20M /dev/zero >> big; do sleep 0.2; done", timeout=60)
@@ -198,7 +202,7 @@ def test_a_full_disk_ends_the_episode(open_here, tmp_path):
     ("d=$(printf a%.0s {1..200}); for i in {1..45}; do mkdir $d; cd $d; done; sleep 0.2", ":"),
 ])  # fmt: skip
 def test_a_full_disk_is_seen_everywhere(open_here, tmp_path, command, verify):
-    task = harbor(tmp_path, verify, work_mb=64)
+    task = harbor(tmp_path, verify, storage_mb=64)
     with open_here(task) as terminal, pytest.raises(TerminalDied, match="more than 64 MiB"):  # noqa: F811
         terminal.run(command)
         terminal.verify()
@@ -206,7 +210,7 @@ def test_a_full_disk_is_seen_everywhere(open_here, tmp_path, command, verify):
 
 def test_ended_from_outside_is_an_error_of_the_infrastructure(tokenizer, open_here, tmp_path):
     terminal = open_here(make_task())  # noqa: F811
-    docker.from_env().api.remove_container(terminal._id, force=True)
+    docker.from_env().api.remove_container(terminal.id, force=True)
     with pytest.raises(TerminalDied):
         terminal.run("echo")
     with pytest.raises(TerminalDied, match="closed"):
@@ -243,7 +247,7 @@ BROKEN = {  # what the agent does, the verifier
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_the_agent_broke_is_graded_0_and_trained(tokenizer, tmp_path, name):
     command, verifier = BROKEN[name]
-    task = harbor(tmp_path, verifier, work_mb=64, verifier_seconds=3.0, command_seconds=3.0)
+    task = harbor(tmp_path, verifier, storage_mb=64, verifier_seconds=3.0, command_seconds=3.0)
     (episode,) = rollout(Script(tokenizer, [[command, "true"]]), tokenizer, [Episode(task, 0)], CONFIG)
     assert (episode.stop, episode.reward, episode.valid) == (StopReason.BROKE_TERMINAL, 0.0, True), episode
     assert task.name in episode.error
@@ -263,7 +267,7 @@ def test_what_the_host_broke_is_not_the_agents_fault(open_here, tmp_path, how):
     if how == "disconnect":
         terminal._stream._socket.shutdown(socket.SHUT_RDWR)
     else:
-        getattr(docker.from_env().api, how)(terminal._id)
+        getattr(docker.from_env().api, how)(terminal.id)
     with pytest.raises(TerminalDied) as died:
         terminal.run("sleep 1", timeout=3)
     assert type(died.value) is TerminalDied
@@ -461,7 +465,7 @@ def test_a_killed_run_leaves_no_container():
 def test_a_container_ends_by_its_own_clock(monkeypatch, command):
     monkeypatch.setattr(docker_engine, "LIFE_SECONDS", 2)
     terminal = open_terminal(make_task(), "docker")  # noqa: F811
-    id = terminal._id
+    id = terminal.id
     if command:
         with pytest.raises(TerminalDied):
             terminal.run(command, timeout=15)
@@ -548,6 +552,6 @@ def test_many_at_once():
         assert [(o.text, o.exit_code) for o in outputs] == [(f"{i}\n", i) for i in range(16)]
         list(pool.map(lambda one: one.run("touch done"), opened[::2]))
         assert list(pool.map(lambda one: one.verify(), opened)) == [1.0, 0.0] * 8
-        ids = {one._id for one in opened}
+        ids = {one.id for one in opened}
         list(pool.map(lambda one: one.close(), opened))
     assert not ids & {c["Id"] for c in containers()}

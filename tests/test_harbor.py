@@ -71,7 +71,7 @@ def test_terminal_bench_2(tmp_path):
     limits, environment = task.limits, task.environment
     assert (task.name, task.instruction) == ("some-task", "# Do it\n")
     assert (limits.agent_seconds, limits.verifier_seconds, limits.command_seconds) == (900, 900, 120)
-    assert (limits.memory_mb, limits.work_mb) == (2048, 10240)
+    assert (environment.memory_mb, environment.storage_mb) == (2048, 10240)
     assert (environment.image, environment.cpus, environment.network) == ("someone/image:20250101", 1, True)
     assert not harbor_task(tmp_path / "some-task").environment.network
 
@@ -79,9 +79,9 @@ def test_terminal_bench_2(tmp_path):
 def test_newer_schema(tmp_path):
     task = harbor_task(write(tmp_path, NEWER), allow_network=True)
     limits, environment = task.limits, task.environment
-    assert (limits.memory_mb, limits.work_mb, limits.agent_seconds) == (4096, 512, 1e9)
+    assert (environment.memory_mb, environment.storage_mb, limits.agent_seconds) == (4096, 512, 1e9)
     assert (environment.workdir, environment.env, environment.network) == ("/srv", {"A": "1"}, True)
-    assert (environment.cpus, environment.verifier_env, environment.image) == (2, {"MODE": "strict"}, "")
+    assert (environment.cpus, environment.verifier.env, environment.image) == (2, {"MODE": "strict"}, "")
     offline = NEWER.replace("public", "no-network") + "\n"
     assert not harbor_task(write(tmp_path, offline), allow_network=True).environment.network
 
@@ -89,17 +89,17 @@ def test_newer_schema(tmp_path):
 @pytest.mark.parametrize("schema", ["1.3", "1.4"])
 def test_todays_schemas(tmp_path, schema):
     newest = NEWER.replace("1.2", schema).replace("mcp_servers", 'os = "linux"\nmcp_servers')
-    assert harbor_task(write(tmp_path, newest)).limits.memory_mb == 4096
+    assert harbor_task(write(tmp_path, newest)).environment.memory_mb == 4096
 
 
 def test_one_task_that_is_refused_leaves_the_others(tmp_path, capsys):
     for name, toml in (("a", '[environment]\nos = "windows"'), ("b", TB2), ("c", "version = "), ("d", NEWER)):
         write(tmp_path / name, toml)
-    assert [task.name for task in harbor_tasks(tmp_path)] == ["b", "d"]
+    assert [task.name for task in harbor_tasks(tmp_path, allow_network=True)] == ["b", "d"]
     said = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in said] == ["skipped a", "skipped c"]
     assert f"{tmp_path / 'a' / 'task.toml'}: [environment] os: expected \"linux\", got 'windows'" in said[0]
-    harbor_tasks(tmp_path)
+    harbor_tasks(tmp_path, allow_network=True)
     assert capsys.readouterr().out == ""  # once
     with pytest.raises(ValueError, match=r"a/task\.toml: \[environment\] os"):
         harbor_tasks(tmp_path, strict=True)
@@ -109,7 +109,91 @@ def test_one_task_that_is_refused_leaves_the_others(tmp_path, capsys):
 
 def test_an_empty_task_toml_is_all_defaults(tmp_path):
     task = harbor_task(write(tmp_path, "", **{"solution/solve.sh": None}))
-    assert (task.limits.verifier_seconds, task.environment.build_seconds, task.solution) == (600, 600, "")
+    asked = task.environment
+    assert (task.limits.verifier_seconds, asked.build_seconds, task.solution) == (600, 600, "")
+    assert (asked.cpus, asked.memory_mb, asked.storage_mb) == (0, 0, 0)
+    assert (asked.user, asked.healthcheck, asked.kept_offline) == ("", None, True)
+    assert (asked.verifier.container, asked.verifier.user) == (None, "")
+
+
+def test_users_and_healthcheck(tmp_path):
+    toml = """agent = {user = "bob"}
+        verifier = {user = 0}
+        environment = {healthcheck = {command = "true", retries = 7, start_period_sec = 0}}"""
+    environment = harbor_task(write(tmp_path, toml)).environment
+    assert (environment.user, environment.verifier.user) == ("bob", "0")
+    check = environment.healthcheck
+    assert (check.command, check.retries, check.start_period_sec, check.interval_sec) == ("true", 7, 0, 5)
+
+
+def test_variables_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECHO_TEST_KEY", "a b")
+    monkeypatch.setenv("ECHO_TEST_EMPTY", "")
+    monkeypatch.delenv("ECHO_TEST_NONE", raising=False)
+    toml = """[environment.env]
+        A = "<${ECHO_TEST_KEY}>"
+        B = "${ECHO_TEST_NONE:-x:-y}${ECHO_TEST_EMPTY:-z}${ECHO_TEST_KEY:-}"
+        C = "${ECHO_TEST_EMPTY}$HOME"
+        [verifier]
+        env = {D = "${ECHO_TEST_KEY}"}
+        [solution]
+        env = {E = "${ECHO_TEST_KEY}"}"""
+    task = harbor_task(write(tmp_path, toml))
+    assert task.environment.env == {"A": "<a b>", "B": "x:-yza b", "C": "$HOME"}
+    assert task.environment.verifier.env == {"D": "a b"}
+    assert task.solution == "E='a b' /solution/solve.sh"
+    for table in "environment.env", "verifier.env", "verifier.environment.env", "solution.env":
+        says = rf"\[{table.rpartition('.')[0]}\] env: K: this machine has no variable ECHO_TEST_NONE"
+        with pytest.raises(ValueError, match=says):
+            harbor_task(write(tmp_path, f"[{table}]\nK = '${{ECHO_TEST_NONE}}'"))
+
+
+@pytest.mark.parametrize("agent, verifier, baseline, gets", [
+    ("", "", 'network_mode = "public"', (True, True)),
+    ("", "", 'network_mode = "no-network"', (False, False)),
+    ("", 'network_mode = "public"', "allow_internet = false", (False, True)),
+    ('network_mode = "no-network"', "", "", (False, False)),
+    ('network_mode = "public"', 'network_mode = "no-network"', 'network_mode = "no-network"', (True, False)),
+])  # fmt: skip
+def test_a_network_for_each_phase(tmp_path, capsys, agent, verifier, baseline, gets):
+    write(tmp_path / "t", f"[agent]\n{agent}\n[verifier]\n{verifier}\n[environment]\n{baseline}")
+    (online,), (offline,) = harbor_tasks(tmp_path, True), harbor_tasks(tmp_path)
+    assert (online.environment.network, online.environment.verifier.network) == gets
+    assert (offline.environment.network, offline.environment.verifier.network) == (False, False)
+    assert ("1 of 1 tasks ask for a network" in capsys.readouterr().out) == any(gets)
+
+
+SEPARATE = 'verifier.environment_mode = "separate"\n'
+OWN = '[verifier.environment]\ndocker_image = "grader"\ncpus = 3\nenv = {A = "1"}\nworkdir = "/w"'
+
+
+def test_a_verifier_of_its_own_image(tmp_path):
+    verifier = harbor_task(write(tmp_path, f"{OWN}\n{TB2}", **{"tests/test.sh": None})).environment.verifier
+    own = verifier.container
+    assert (own.image, own.cpus, own.env) == ("grader", 3, {"A": "1"})
+    assert own.workdir == "/w" and verifier.has_tests
+    shared = harbor_task(write(tmp_path, f'verifier.environment_mode = "shared"\n{OWN}')).environment
+    assert shared.verifier.container is None
+
+
+def test_a_verifier_built_from_its_tests(tmp_path):
+    write(tmp_path, SEPARATE + '[environment]\ndocker_image = "x"', **{"tests/Dockerfile": "FROM x"})
+    verifier = harbor_task(tmp_path).environment.verifier
+    assert (verifier.container.image, verifier.container.build, verifier.has_tests) == ("", "tests", True)
+
+
+@pytest.mark.parametrize("image", ["", 'docker_image = "x"'])
+def test_a_verifier_in_a_fresh_copy_of_the_agents_image(tmp_path, image):
+    task = harbor_task(write(tmp_path, f'{SEPARATE}[environment]\nworkdir = "/srv"\n{image}'))
+    own = task.environment.verifier.container
+    same = own.image, own.build, own.workdir
+    assert same == (task.environment.image, "environment", "/srv") and not task.environment.verifier.has_tests
+
+
+def test_artifacts(tmp_path):
+    toml = 'artifacts = ["/app/out/", {source = "/srv//a", exclude = ["*.o"]}]\n' + SEPARATE
+    verifier = harbor_task(write(tmp_path, toml)).environment.verifier
+    assert verifier.artifacts == (("/app/out", ()), ("/srv/a", ("*.o",)), ("/logs/artifacts", ()))
 
 
 def test_several_containers_are_refused(tmp_path):
@@ -146,23 +230,31 @@ REFUSED = {
     "memory": ('[environment]\nmemory = "lots"', {}, r"\[environment\] memory: expected a size"),
     "network": ('[environment]\nnetwork_mode = "some"', {}, r'network_mode: expected "public"'),
     "env": ("[environment]\nenv = {a = 1}", {}, r"\[environment\] env: expected names and texts"),
-    "verifier elsewhere": ('[verifier]\nenvironment_mode = "separate"', {}, 'mode: expected "shared"'),
+    "verifier elsewhere": ('[verifier]\nenvironment_mode = "away"', {}, 'mode: expected "shared" or "separ'),
     "gpus": ("[environment]\ngpus = 1", {}, "gpus: expected nothing: it is not supported, got 1"),
-    "host variable": ("[environment]\nenv = {a = '${KEY:-x}'}", {}, r"\[environment\] env: .*without"),
-    "health": ("[environment.healthcheck]\ncommand = 'true'", {}, r"\[environment\] healthcheck: .*not supp"),
+    "health": ("[environment.healthcheck]\nretries = 1", {}, r"\[environment.healthcheck\] command: missing"),
+    "no health": ("environment.healthcheck = true", {}, r"environment.healthcheck: expected a table"),
+    "retries": ("[environment.healthcheck]\ncommand = 'true'\nretries = 0", {}, "retries: expected a whole"),
     "servers": ("[[environment.mcp_servers]]\nname = 'a'", {}, r"\[environment\] mcp_servers: .*not supp"),
     "skills": ("[environment]\nskills_dir = 'skills'", {}, r"\[environment\] skills_dir: .*not supp"),
     "system": ("[environment]\nos = 'windows'", {}, r"\[environment\] os: expected \"linux\""),
     "tpu": ("[environment]\ntpu = {type = 'v5'}", {}, r"\[environment\] tpu: .*not supp"),
     "allowlist": ("[environment]\nnetwork_mode = 'allowlist'", {}, "mode: expected .*got 'allowlist'"),
-    "user": ("[agent]\nuser = 'bob'", {}, r"\[agent\] user: .*not supp"),
-    "verifier's user": ("[verifier]\nuser = 'bob'", {}, r"\[verifier\] user: .*not supp"),
-    "verifier's network": ("[verifier]\nnetwork_mode = 'public'", {}, r"\[verifier\] network_mode: .*not"),
-    "verifier's image": ("[verifier.environment]", {}, r"\[verifier\] environment: .*not supp"),
+    "user": ("[agent]\nuser = '-x y'", {}, r"\[agent\] user: expected a name or a number"),
+    "boolean user": ("[verifier]\nuser = true", {}, r"\[verifier\] user: expected a name or a number"),
+    "agent's network": ("[agent]\nnetwork_mode = 'allowlist'", {}, r"\[agent\] network_mode: expected"),
+    "verifier's skills": ("[verifier.environment]\nskills_dir = 'a'", {}, r"verifier.environment\] skills"),
+    "collect": ("[[verifier.collect]]", {}, r"\[verifier\] collect: .*not supp"),
+    "artifacts": ("artifacts = ['a']", {}, "artifacts: expected absolute paths"),
+    "artifact that grades": ("artifacts = ['/logs/x/../verifier']", {}, "artifacts: expected absolute"),
+    "artifact above": ("artifacts = [{source = '/logs'}]", {}, "artifacts: expected absolute paths, none"),
+    "artifact of a service": ("artifacts = [{source = '/a', service = 'b'}]", {}, "artifacts: expected"),
+    "what is left out": ("artifacts = [{source = '/a', exclude = 'b'}]", {}, "artifacts: expected"),
     "instruction": ("", {"instruction.md": None}, "instruction.md: missing"),
     "instruction not utf-8": ("", {"instruction.md": b"\xff"}, "instruction.md: 'utf-8'"),
     "verifier": ("", {"tests/test.sh": None}, "tests/test.sh: missing"),
     "image": ("", {"environment/Dockerfile": None}, "environment/Dockerfile: missing"),
+    "verifier's services": ("", {"tests/docker-compose.yaml": ""}, "tests/docker-compose.yaml: tasks of"),
 }
 
 
@@ -187,7 +279,8 @@ def test_fuzzed_task_files_are_accepted_or_refused_clearly(tmp_path):
     values = """-1 0 1 1e300 -inf nan true false "" "2G" "2GB" "1.5T" "-3M" "\\u0000" "public" [] [1] {}
         {a="b"} {a=1} 1979-05-27 0x10 "nul\\u0007" 10000000000000000000000 "G" "99999999999G" """.split()
     keys = """version schema_version timeout_sec build_timeout_sec docker_image cpus memory memory_mb storage
-        storage_mb gpus allow_internet network_mode workdir env steps other""".split()
+        storage_mb gpus allow_internet network_mode workdir env steps other user artifacts healthcheck
+        environment_mode""".split()
     folder, outcomes = write(tmp_path, ""), {True: 0, False: 0}
     for _ in range(1000):
         lines = (TB2 if rng.random() < 0.5 else NEWER).splitlines()
@@ -208,8 +301,8 @@ def test_fuzzed_task_files_are_accepted_or_refused_clearly(tmp_path):
         (folder / "task.toml").write_text("\n".join(lines))
         try:
             task = harbor_task(folder)
-            assert 0 < task.limits.memory_mb <= 1e9 and 0 < task.limits.verifier_seconds < 1e10
-            assert task.environment.cpus > 0 and task.limits.agent_seconds > 0
+            assert 0 <= task.environment.memory_mb <= 1e9 and 0 < task.limits.verifier_seconds < 1e10
+            assert task.environment.cpus >= 0 and task.limits.agent_seconds > 0
             outcomes[True] += 1
         except ValueError as error:
             said = str(error)

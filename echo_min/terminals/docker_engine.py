@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import os
+import re
 import socket
 import sys
 import tarfile
@@ -18,6 +19,7 @@ import urllib3
 
 from echo_min.config import RunEnded
 from echo_min.tasks import Task
+from echo_min.worlds.harbor import Environment
 
 BASE = os.environ.get("ECHO_MIN_BASE_IMAGE", "")  # instead of a public one, where no registry is reached
 DEFAULT = "debian:bookworm"  # for generated tasks
@@ -75,11 +77,52 @@ def network(client: docker.APIClient) -> str:
     return "echo_min"
 
 
+def set_network(client: docker.APIClient, container: str, wanted: bool) -> None:
+    """Give a running container a network, or take the one it has."""
+    for name in client.inspect_container(container)["NetworkSettings"]["Networks"]:
+        client.disconnect_container_from_network(container, name)
+    if wanted:
+        client.connect_container_to_network(container, network(client))
+
+
+def user_of(client: docker.APIClient, image: str) -> str:
+    return client.inspect_image(image)["Config"].get("User") or "root"
+
+
+def share(client: docker.APIClient, asked: Environment, at_once: int) -> tuple[float, int, int]:
+    """cpus, MiB of memory and of storage that a container gets: as asked, else its share of the engine's."""
+    cpus, memory_mb, storage_mb = _usual(client, at_once)
+    if not (asked.cpus and asked.memory_mb and asked.storage_mb):
+        gets = f"{cpus} cpus, {memory_mb} MiB of memory and {storage_mb} MiB of disk"
+        _say_once(f"tasks that name none get {gets}; ECHO_MIN_CPUS, _MEMORY_MB and _STORAGE_MB set them")
+    return asked.cpus or cpus, asked.memory_mb or memory_mb, asked.storage_mb or storage_mb
+
+
+@functools.cache
+def _usual(client: docker.APIClient, at_once: int) -> tuple[int, int, int]:
+    """All cores, half of the memory for all containers together, 10 GiB of disk, unless set otherwise."""
+    engine = client.info()
+    usual = {
+        "ECHO_MIN_CPUS": engine["NCPU"], "ECHO_MIN_MEMORY_MB": engine["MemTotal"] // 2**21 // at_once,
+        "ECHO_MIN_STORAGE_MB": 10240,
+    }  # fmt: skip
+    found = [os.environ.get(name, str(value)) for name, value in usual.items()]
+    for name, text in zip(usual, found, strict=True):
+        if not re.fullmatch(r"[1-9]\d{0,8}", text, re.ASCII):
+            raise EngineUnavailable(f"{name}: expected a whole number above 0, got {text!r}")
+    return tuple(map(int, found))
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def image_of(client: docker.APIClient, task: Task) -> str:
     """The name of the task's image, which is then on the engine. Raises one of ERRORS that says why not."""
     environment = task.environment
     name = environment.image if environment else BASE or DEFAULT
-    name = name or f"echo_min:{_digest(environment.folder / 'environment')}"
+    name = name or f"echo_min:{_digest(environment.folder / environment.build)}"
     with _locks.setdefault(name, threading.Lock()):
         if name not in _known:
             try:
@@ -105,7 +148,8 @@ def _make(client: docker.APIClient, task: Task, name: str) -> str:
         nonlocal said, outcome
         try:
             if build:
-                folder, base = str(task.environment.folder / "environment"), {"BASE": BASE} if BASE else {}
+                environment, base = task.environment, {"BASE": BASE} if BASE else {}
+                folder = str(environment.folder / environment.build)
                 options = {"rm": True, "forcerm": True, "timeout": seconds, "buildargs": base}
                 lines = client.build(folder, tag=name, decode=True, **options)
             else:

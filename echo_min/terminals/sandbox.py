@@ -24,8 +24,8 @@ _few_at_a_time = threading.BoundedSemaphore(8)  # to start takes some twenty ope
 
 
 class Sandbox(Terminal):
-    def __init__(self, task: Task, output_chars: int):
-        super().__init__(task, output_chars)
+    def __init__(self, task: Task, output_chars: int, at_once: int = 1):
+        super().__init__(task, output_chars, at_once)
         layout = _layout(task.files)
         self._box = kept_box(task.limits, task.tools)
         if self._box is None or self._open(layout) is not None:  # a kept box may have died

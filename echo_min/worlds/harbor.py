@@ -10,14 +10,14 @@
 import functools
 import math
 import random
-import re
 import shlex
-import tomllib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from posixpath import normpath
 
 from echo_min.tasks import Limits, Task, World
+from echo_min.worlds.task_toml import HEALTH, mebibytes, tables_of
 
 COMMAND_SECONDS = 120.0  # one command; the format only limits all of them together
 PROCESSES = 1024
@@ -25,73 +25,47 @@ LOOK_AROUND = ["pwd", "ls -la", "head -n 20 *", "git log --oneline", "ps"]
 
 
 @dataclass(frozen=True)
+class Healthcheck:
+    """Must pass in a container before anything else runs there. Times in seconds."""
+
+    command: str
+    interval_sec: float = 5.0
+    timeout_sec: float = 30.0
+    start_period_sec: float = 0.0  # in which failures do not count
+    start_interval_sec: float = 5.0
+    retries: int = 3  # so many failures in a row are final
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """How the agent's work is graded, by /tests/test.sh: in the agent's container, or in one of its own."""
+
+    user: str = ""  # if empty, the image's
+    env: dict[str, str] = field(default_factory=dict)
+    network: bool = False
+    container: "Environment | None" = None  # of its own
+    has_tests: bool = False  # its own image holds them; else tests/ is copied in
+    artifacts: tuple[tuple[str, tuple[str, ...]], ...] = ()  # path, what is left out: all that it sees then
+
+
+@dataclass(frozen=True)
 class Environment:
     """The container that a Harbor task asks for; only the Docker backend has it."""
 
     folder: Path  # the task's: environment/, tests/ and solution/ lie in it
-    image: str = ""  # pulled; if empty, environment/ is built
+    image: str = ""  # pulled; if empty, `build` is built
+    build: str = "environment"  # a folder below `folder`
     build_seconds: float = 600.0
-    cpus: float = 1.0
+    cpus: float = 0.0  # these three: 0 if the task names none (docker_engine.share)
+    memory_mb: int = 0
+    storage_mb: int = 0
     network: bool = False
+    kept_offline: bool = False  # asks for a network and gets none
     workdir: str = ""  # if empty, the image's
     env: dict[str, str] = field(default_factory=dict)
-    verifier_env: dict[str, str] = field(default_factory=dict)
-
-
-def _are_variables(value) -> bool:
-    """Not ${NAME}, which the format takes from the host."""
-    named = isinstance(value, dict) and all(re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) for name in value)
-    return named and all(isinstance(text, str) and not re.search(r"\0|\$\{", text) for text in value.values())
-
-
-def _mib(size) -> int:
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([KMGT])i?B?", str(size))
-    return math.ceil(float(match[1]) * 1024.0 ** ("KMGT".index(match[2]) - 1)) if match else 0
-
-
-NUMBER = "a number above 0", lambda v: type(v) in (int, float) and 1e-3 <= v <= 1e9
-LINE = "a line of text", lambda v: isinstance(v, str) and v.isprintable()
-FLAG = "true or false", lambda v: isinstance(v, bool)
-SIZE = 'a size like "2G"', lambda v: 0 < _mib(v) <= 1e9
-VARIABLES = "names and texts without ${}", _are_variables
-VERSION = "1.0 to 1.4", lambda v: v in ("1.0", "1.1", "1.2", "1.3", "1.4")
-MODE = '"public" or "no-network"', lambda v: v in ("public", "no-network")
-SHARED = '"shared", the only mode supported', lambda v: v == "shared"
-LINUX = '"linux"', lambda v: v == "linux"
-NOTHING = "nothing: it is not supported", lambda v: not v
-NO_TABLE = "no such table: it is not supported", lambda v: False
-CHECKED = {  # how what is read of a task.toml, or could change the grade, is checked; the rest is ignored
-    "": {"version": VERSION, "schema_version": VERSION, "steps": NOTHING},
-    "agent": {"timeout_sec": NUMBER, "user": NOTHING, "network_mode": NOTHING},
-    "verifier": {
-        "timeout_sec": NUMBER, "env": VARIABLES, "environment_mode": SHARED, "environment": NO_TABLE,
-        "user": NOTHING, "network_mode": NOTHING, "collect": NOTHING,
-    },
-    "environment": {
-        "build_timeout_sec": NUMBER, "docker_image": LINE, "workdir": LINE, "env": VARIABLES, "cpus": NUMBER,
-        "memory_mb": NUMBER, "memory": SIZE, "storage_mb": NUMBER, "storage": SIZE, "network_mode": MODE,
-        "allow_internet": FLAG, "os": LINUX, "gpus": NOTHING, "tpu": NOTHING, "mcp_servers": NOTHING,
-        "skills_dir": NOTHING, "healthcheck": NOTHING,
-    },
-    "solution": {"env": VARIABLES},
-}  # fmt: skip
-
-
-def _tables(path: Path) -> dict[str, dict]:
-    """A task.toml's tables of CHECKED. Raises ValueError that names the file and the key."""
-    try:
-        settings = tomllib.loads(path.read_bytes().decode())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    tables = {name: settings.get(name, {}) if name else settings for name in CHECKED}
-    for name, table in tables.items():
-        if not isinstance(table, dict):
-            raise ValueError(f"{path}: {name}: expected a table [{name}], got {table!r:.80}")
-        for key, (expected, holds) in CHECKED[name].items():
-            if key in table and not holds(table[key]):
-                place = f"[{name}] {key}" if name else key
-                raise ValueError(f"{path}: {place}: expected {expected}, got {table[key]!r:.80}")
-    return tables
+    user: str = ""  # of the agent; if empty, the image's
+    healthcheck: Healthcheck | None = None
+    verifier: Verifier = Verifier()
 
 
 @functools.cache  # once a task, though a set may be read twice
@@ -116,6 +90,8 @@ def harbor_tasks(folder: Path, allow_network: bool = False, strict: bool = False
             if strict:
                 raise
             _say(f"skipped {file.parent.resolve().name}: {error}")
+    if offline := sum(task.environment.kept_offline for task in tasks):
+        _say(f"{folder}: {offline} of {len(tasks)} tasks ask for a network and get none: --allow_network")
     if not tasks:
         raise ValueError(f"{folder}: none of its {len(files)} tasks can be played")
     if twice := sorted(name for name, n in Counter(task.name for task in tasks).items() if n > 1):
@@ -125,13 +101,16 @@ def harbor_tasks(folder: Path, allow_network: bool = False, strict: bool = False
 
 def harbor_task(folder: Path, allow_network: bool = False) -> Task:
     """allow_network: it gets one if it asks. ValueError names file and key of what is refused."""
-    tables, prompt = _tables(folder / "task.toml"), folder / "instruction.md"
-    _, agent, verifier, environment, solution = tables.values()
-    image = environment.get("docker_image", "")
-    for file in (prompt, folder / "tests/test.sh", *([] if image else [folder / "environment/Dockerfile"])):
+    tables, prompt = tables_of(folder / "task.toml"), folder / "instruction.md"
+    agent, verifier, solution = (tables.get(name, {}) for name in ("agent", "verifier", "solution"))
+    environment, solve = _environment(folder, tables, allow_network), folder / "solution/solve.sh"
+    own, has_tests = environment.verifier.container, environment.verifier.has_tests
+    needed = [prompt, *([] if has_tests else [folder / "tests/test.sh"])]
+    needed += [folder / e.build / "Dockerfile" for e in (environment, own) if e and not e.image]
+    for file in needed:
         if not file.is_file():
             raise ValueError(f"{file}: missing, or not a file")
-    if found := next(folder.glob("environment/docker-compose.y*ml"), None):
+    if found := next(folder.glob("*/docker-compose.y*ml"), None):
         raise ValueError(f"{found}: tasks of several containers are not supported")
     try:
         instruction = prompt.read_bytes().decode()
@@ -139,23 +118,53 @@ def harbor_task(folder: Path, allow_network: bool = False) -> Task:
         raise ValueError(f"{prompt}: {error}") from None
     agent_seconds = float(agent.get("timeout_sec", 1e9))
     given = [f"{name}={shlex.quote(text)}" for name, text in solution.get("env", {}).items()]
-    mode = "public" if environment.get("allow_internet", True) else "no-network"
     return Task(
-        name=folder.resolve().name, instruction=instruction, verify="/tests/test.sh",
-        solution=" ".join([*given, "/solution/solve.sh"]) if (folder / "solution/solve.sh").is_file() else "",
+        name=folder.resolve().name, instruction=instruction, verify="/tests/test.sh", environment=environment,
+        solution=" ".join([*given, "/solution/solve.sh"]) if solve.is_file() else "",
         limits=Limits(
             command_seconds=min(COMMAND_SECONDS, agent_seconds), agent_seconds=agent_seconds,
             verifier_seconds=float(verifier.get("timeout_sec", 600.0)), processes=PROCESSES,
-            memory_mb=math.ceil(environment.get("memory_mb") or _mib(environment.get("memory", "2G"))),
-            work_mb=math.ceil(environment.get("storage_mb") or _mib(environment.get("storage", "10G"))),
         ),
-        environment=Environment(
-            folder=folder.resolve(), image=image,
-            build_seconds=float(environment.get("build_timeout_sec", 600.0)),
-            cpus=float(environment.get("cpus", 1.0)), workdir=environment.get("workdir", ""),
-            network=allow_network and environment.get("network_mode", mode) == "public",
-            env=environment.get("env", {}), verifier_env=verifier.get("env", {}),
-        ),
+    )  # fmt: skip
+
+
+def _environment(folder: Path, tables: dict[str, dict], allow_network: bool) -> Environment:
+    """The agent's container, and how it is verified: in a container of the verifier's own if the task says so
+    or describes one, of an image that holds the tests, or else of the agent's, to which they are added."""
+    agent, verifier = _container(folder, tables, "environment", "agent"), tables.get("verifier", {})
+    described = "verifier.environment" in tables
+    mode = verifier.get("environment_mode", "separate" if described else "shared")
+    asks, own, has_tests = agent.network, None, False
+    if mode == "separate":
+        own = _container(folder, tables, "verifier.environment" if described else "environment", "verifier")
+        has_tests = (described and bool(own.image)) or (folder / "tests/Dockerfile").is_file()
+        if not (described and own.image):
+            own = replace(own, build="tests", image="") if has_tests else replace(own, image=agent.image)
+        asks, own = own.network, replace(own, network=own.network and allow_network)
+    elif "network_mode" in verifier:
+        asks = verifier["network_mode"] == "public"
+    found = [a if isinstance(a, dict) else {"source": a} for a in tables[""].get("artifacts", [])]
+    artifacts = [(normpath(a["source"]), tuple(a.get("exclude", []))) for a in found]
+    graded = Verifier(
+        user=str(verifier.get("user", "")), env=verifier.get("env", {}), network=asks and allow_network,
+        container=own, has_tests=has_tests, artifacts=(*artifacts, ("/logs/artifacts", ())),
+    )  # fmt: skip
+    offline = (agent.network or asks) and not allow_network
+    return replace(agent, verifier=graded, network=agent.network and allow_network, kept_offline=offline)
+
+
+def _container(folder: Path, tables: dict[str, dict], name: str, who: str) -> Environment:
+    """What the table `name` says of the container in which `who` works; network: whether it asks for one."""
+    table, worker, health = (tables.get(key, {}) for key in (name, who, f"{name}.healthcheck"))
+    usual = "public" if table.get("allow_internet", True) else "no-network"
+    return Environment(
+        folder=folder.resolve(), image=table.get("docker_image", ""),
+        build_seconds=float(table.get("build_timeout_sec", 600.0)), cpus=float(table.get("cpus", 0.0)),
+        memory_mb=math.ceil(table.get("memory_mb") or mebibytes(table.get("memory", ""))),
+        storage_mb=math.ceil(table.get("storage_mb") or mebibytes(table.get("storage", ""))),
+        network=worker.get("network_mode", table.get("network_mode", usual)) == "public",
+        workdir=table.get("workdir", ""), env=table.get("env", {}), user=str(worker.get("user", "")),
+        healthcheck=Healthcheck(**{key: health[key] for key in HEALTH if key in health}) if health else None,
     )  # fmt: skip
 
 

@@ -82,7 +82,10 @@ def eval_args(about: str, argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("eval.py", usage, about, formatter_class=plain, allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, nargs="?", help="or an arm's folder: its newest")
     parser.add_argument("--preset", choices=PRESETS, help="settings for a model that train.py did not write")
-    parser.add_argument("--agent", choices=["policy", "oracle", "noop"], default="policy", help="[policy]")
+    parser.add_argument(
+        "--agent", choices=["policy", "oracle", "noop", "check"], default="policy",
+        help="instead of a policy: each task's solution, nothing, or both to tell which tasks are sound",
+    )  # fmt: skip
     parser.add_argument("--tasks", help="world:NAME (held out), or a folder of tasks [as trained]")
     parser.add_argument("--all", action="store_true", help="of a folder also tasks that were trained on")
     parser.add_argument("--backend", choices=["sandbox", "docker"], default="sandbox", help="[sandbox]")
@@ -101,7 +104,7 @@ def eval_args(about: str, argv: list[str] | None = None) -> argparse.Namespace:
     if min(args.k, args.limit) < 1:
         parser.error("-k and --limit must be at least 1")
     if (args.agent == "policy") != (args.checkpoint is not None):
-        parser.error("name a checkpoint, or pass --agent oracle or noop, which take none")
+        parser.error("name a checkpoint, or pass --agent oracle, noop or check, which take none")
     if args.all and (args.tasks or "").startswith("world:"):
         parser.error("--all is for a folder of tasks; of a world only held-out ones are played")
     return args

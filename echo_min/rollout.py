@@ -136,7 +136,7 @@ class Seat:
                 self.episode.stop, self.episode.reward = StopReason.BROKE_TERMINAL, 0.0
 
 
-def rollout(agent, tokenizer, episodes: list[Episode], config: Config) -> list[Episode]:
+def rollout(agent, tokenizer, episodes: list[Episode], config: Config, ended=None) -> list[Episode]:
     """Play new episodes turn by turn, `terminals` of them side by side, and grade them. -> the same episodes,
     filled in. agent: a Sampler, or what has its `reply`. An episode that has stopped is graded while others
     take their next turn, then its seat is free: so who plays together never depends on the clock, and a run
@@ -159,24 +159,28 @@ def rollout(agent, tokenizer, episodes: list[Episode], config: Config) -> list[E
             replies = agent.reply(playing, new_ids, config.max_action_tokens) if playing else []
             answers = list(pool.map(Seat.answer, [seats[i] for i in playing], replies))
 
-            for graded in grading:
+            for i, graded in grading:
                 graded.result()
-            grading = [pool.submit(seats[i].leave) for i in unread if episodes[i].stop]
+                if ended:
+                    ended(i, episodes[i])
+            grading = [(i, pool.submit(seats[i].leave)) for i in unread if episodes[i].stop]
             answered = zip(playing, answers, strict=True)
             unread = {i: ids for i, ids in answered if episodes[i].stop is None}
     return episodes
 
 
 def sample_episodes(
-    model, tokenizer, tasks: list[Task], group_size: int, config: Config, key, members=None
+    model, tokenizer, tasks: list[Task], group_size: int, config: Config, key, members=None, ended=None
 ) -> list[Episode]:
     """group_size rollouts of each task. key: integers, the first one of Noise; (*key, group, member) seeds a
-    rollout's noise. None: greedy. members: the (group, member) to play, if not all."""
+    rollout's noise. None: greedy. members: the (group, member) to play, if not all. ended(i, episode): called
+    as the i-th is graded."""
     if members is None:
         members = [(group, member) for group in range(len(tasks)) for member in range(group_size)]
     noise = None if key is None else [np.random.default_rng((*key, *member)) for member in members]
     sampler = Sampler(model, set(marker_ids(tokenizer)), config, noise)
-    return rollout(sampler, tokenizer, [Episode(tasks[group], group) for group, _ in members], config)
+    episodes = [Episode(tasks[group], group) for group, _ in members]
+    return rollout(sampler, tokenizer, episodes, config, ended)
 
 
 def batch_metrics(episodes: list[Episode]) -> dict:

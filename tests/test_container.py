@@ -352,7 +352,7 @@ def test_sample_tasks(agent, reward):
     tasks = harbor_tasks(EXAMPLES)
     assert len(tasks) >= 8
     with ThreadPoolExecutor(4) as pool:
-        ended = list(pool.map(lambda task: scripted(agent, task, "docker"), tasks))
+        ended = list(pool.map(lambda task: scripted(agent, task, CONFIG), tasks))
     assert [(e.task.name, e.reward) for e, _ in ended] == [(t.name, reward) for t in tasks], ended
 
 

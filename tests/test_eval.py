@@ -18,6 +18,7 @@ from echo_min.evaluate import Examination
 from echo_min.rollout import Episode, Noise, StopReason
 from echo_min.tasks import Limits, Task
 from echo_min.terminal import TerminalDied
+from echo_min.trials import Trial, summary
 from echo_min.worlds.registry import load_tasks
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +54,7 @@ def trials(folder, drop=("seconds",)) -> dict:
 
 
 def trial(task, member, reward):
-    return eval.Trial(task, member, reward, "done", 1, 4, 6, 12.0, 0.5, "" if reward is not None else "lost")
+    return Trial(task, member, reward, "done", 1, 4, 6, 12.0, 0.5, "" if reward is not None else "lost")
 
 
 # ---- what is played ----
@@ -63,7 +64,8 @@ def folder_of_tasks(path: Path, count: int) -> Path:
     for i in range(count):
         for name in FILES:
             (path / f"task-{i}" / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / f"task-{i}" / name).write_text("")
+            offline = "environment.allow_internet = false" if name == "task.toml" else ""
+            (path / f"task-{i}" / name).write_text(offline)
     return path
 
 
@@ -124,36 +126,58 @@ def test_held_out_tasks_of_a_world_are_played():
     assert chosen("world:tool", "world:tool") == held_out and len(held_out) == 200
 
 
-def test_trials_are_played_in_parts_so_that_a_kill_loses_one(policy, tmp_path, monkeypatch):
-    real, parts, keys, episodes = eval.sample_episodes, [], [], []
+def test_trials_are_kept_as_they_end_so_that_a_kill_loses_those_at_play(policy, tmp_path, monkeypatch):
+    real, keys, episodes = eval.sample_episodes, [], []
 
     def sample_episodes(*args):
-        keys.append(args[-2])
-        parts.append(args[-1])
-        episodes.extend(played := real(*args))
-        return played
+        *_, key, _, ended = args
+
+        def killed_later(i, episode):
+            ended(i, episode)
+            episodes.append(episode)
+            if len(episodes) == 5:
+                raise KeyboardInterrupt
+
+        keys.append(key)
+        return real(*args[:-1], killed_later)
 
     monkeypatch.setattr(eval, "sample_episodes", sample_episodes)
     flags = ["-k", "2", "--limit", "4", "--terminals", "3", "--seed", "5", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="interrupted"):
+        eval.cli([str(policy), *flags])
+    assert len(trials(tmp_path)) == 5
     eval.cli([str(policy), *flags])
-    assert list(map(len, parts)) == [3, 3, 2, 3, 1] and keys == [(Noise.SCORING, 5)] * 3 + [None] * 2
+    assert keys == [(Noise.SCORING, 5)] * 2 + [None] and len(trials(tmp_path)) == len(episodes) == 12
     config, folder = eval.settings(eval.eval_args("", [str(policy), *flags]))
     model, _ = checkpoint.load_policy(folder)
     logprobs = eval.observation_logprobs(model, [e.transcript for e in episodes], config)
     nats = [-sum(positions.values()) for positions in logprobs]
     found = [t["observation_nats"] for t in trials(tmp_path).values()]
     assert found == pytest.approx(nats, rel=1e-4) and max(found) > 0
-    assert all(len({member == "greedy" for _, member in part}) == 1 for part in parts)
+
+
+def test_a_check_tells_which_tasks_are_sound(tmp_path, capsys, monkeypatch):
+    verifiers = {"good": "[[ -e done ]] || exit 1", "free": "true", "hard": "exit 1"}
+    verifiers["odd"] = "[[ -e done ]] && exit 2; exit 1"
+    tasks = [Task(name, "", verify, "touch done") for name, verify in verifiers.items()]
+    monkeypatch.setattr(eval, "load", lambda args, config: (tasks, [0, 1, 2, 3]))
+    eval.cli(["--agent", "check", "--tasks", "world:tool", "--out", str(tmp_path)])
+    said = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert [line.partition(":")[0] for line in said] == [
+        "UNSOUND  free", "sound    good", "UNSOUND  hard", "UNSOUND  odd", "1 of 4 tasks are sound",
+    ]  # fmt: skip
+    assert said[0].endswith(": oracle 1, noop 1") and said[2].endswith(": oracle 0, noop 0")
+    assert "oracle the verifier of odd exited with 2" in said[3] and len(trials(tmp_path)) == 8
 
 
 def test_an_oracle_runs_the_solution_for_as_long_as_an_agent_may(tmp_path):
     limits = Limits(command_seconds=0.3, agent_seconds=8.0)
     task = Task("slow", "", "[[ -e done ]] || exit 1", "sleep 0.6; touch done", limits=limits)
-    episode, said = eval.scripted("oracle", task, "sandbox")
+    episode, said = eval.scripted("oracle", task, Config())
     assert (episode.reward, episode.stop, said) == (1.0, StopReason.DONE, "\n(exit_code=0)")
-    late, _ = eval.scripted("oracle", replace(task, limits=replace(limits, agent_seconds=0.3)), "sandbox")
+    late, _ = eval.scripted("oracle", replace(task, limits=replace(limits, agent_seconds=0.3)), Config())
     assert (late.reward, late.stop) == (0.0, StopReason.AGENT_TIMEOUT)
-    assert eval.scripted("noop", task, "sandbox")[0].reward == 0.0
+    assert eval.scripted("noop", task, Config())[0].reward == 0.0
     tasks = folder_of_tasks(tmp_path, 2)
     with pytest.raises(ValueError, match="no solution for an oracle to run: task-0, task-1"):
         eval.load(eval.eval_args("", ["--agent", "oracle", "--tasks", str(tasks)]), Config())
@@ -162,11 +186,11 @@ def test_an_oracle_runs_the_solution_for_as_long_as_an_agent_may(tmp_path):
 def test_a_lost_trial_has_no_reward_and_is_played_again(tmp_path, monkeypatch):
     flags, lost = ["--agent", "oracle", "--limit", "3", "--out", str(tmp_path)], []
 
-    def open_terminal(task, backend):
+    def open_terminal(task, backend, **options):
         if not lost:
             lost.append(task.name)
             raise TerminalDied("the cable was pulled")
-        return terminal.open_terminal(task, backend)
+        return terminal.open_terminal(task, backend, **options)
 
     monkeypatch.setattr(eval, "open_terminal", open_terminal)
     eval.cli(flags)
@@ -195,7 +219,7 @@ def test_a_second_run_plays_what_is_missing_as_one_run_would(policy, tmp_path, c
 
 
 def lines(trials, k, tasks) -> dict[str, str]:
-    return {line[:25].strip(): line[25:] for line in eval.summary(trials, k, tasks)}
+    return {line[:25].strip(): line[25:] for line in summary(trials, k, tasks)}
 
 
 def test_passed_is_a_reward_of_one_and_the_mean_reward_stands_beside_it():
@@ -245,14 +269,14 @@ def test_stops_are_of_all_trials_and_intervals_of_independent_draws():
 
 def test_columns_are_aligned_and_of_graded_trials():
     greedy = [trial("a", "greedy", 1.0)]
-    said = eval.summary([trial("a", 0, 1.0), trial("a", 1, 0.0), trial("b", 0, None), *greedy], 2, 2)
+    said = summary([trial("a", 0, 1.0), trial("a", 1, 0.0), trial("b", 0, None), *greedy], 2, 2)
     assert all(line[24] == " " and line[25] != " " for line in said)
     said = lines([trial("a", 0, 1.0), trial("b", 0, None), *greedy], 1, 2)
     assert said["pass@1 greedy"] == "1.000 [0.000, 1.000] over 1 of 2 tasks, 1 trials"
     assert (said["mean turns"], said["mean seconds"]) == ("1.000", "0.500")
     assert said["observation CE"] == "2.000 nats/token (own episodes)"
     with pytest.raises(RunEnded, match="no trial could be graded: lost"):
-        eval.summary([trial("b", 0, None)], 1, 1)
+        summary([trial("b", 0, None)], 1, 1)
 
 
 def test_a_checkpoint_is_measured_and_shown(policy, capsys):

@@ -350,16 +350,18 @@ def test_an_agent_out_of_time_is_graded(tokenizer, tmp_path):
 @pytest.mark.parametrize("agent, reward", [("oracle", 1.0), ("noop", 0.0)])
 def test_sample_tasks(agent, reward):
     tasks = harbor_tasks(EXAMPLES)
-    assert len(tasks) >= 8
+    assert len(tasks) >= 10
     with ThreadPoolExecutor(4) as pool:
         ended = list(pool.map(lambda task: scripted(agent, task, CONFIG), tasks))
     assert [(e.task.name, e.reward) for e, _ in ended] == [(t.name, reward) for t in tasks], ended
 
 
 CHEATS = {
+    "access-report": "mkdir report; awk '{print $4, $6}' access.log | head -n 5 > report/slowest.txt",
     "broken-build": "mkdir build; wc -w chapters/* > build/index.txt",
     "broken-pipeline": "echo 'printf \"9 wind\\n5 the\\n2 and\\n\"' > top.sh",
     "failing-test": "echo > test_intervals.py",
+    "key-value-service": "exec 3<>/dev/tcp/127.0.0.1/7000; echo set left right >&3; cat /srv/service.py",
     "parse-log": "awk '{print $1, $10}' access.log > answer.txt",
     "permissions": "chmod -R 750 site",
     "python-traceback": "echo 'print(\"Adams 2.00\\nWeber 12.75\\nskipped 5\")' > totals.py",

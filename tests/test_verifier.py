@@ -42,14 +42,21 @@ def played(task, commands, tokenizer):
 # ---- users, health, networks ----
 
 
+WHO = "exec 2>/dev/null; echo $(id -un):$(id -gn):$HOME:$(id -G)"
+
+
 @pytest.mark.parametrize("agent, verifier, sees", [
-    ("", "", ("root", "root")), ("nobody", "", ("nobody", "root")), ("65534", "65534", ("nobody", "nobody")),
-    ("", "nobody", ("root", "nobody")),
+    ("", "", ("root:root:/root:0", "root:root:/root:0")),
+    ("games", "", ("games:games:/usr/games:60", "root:root:/root:0")),
+    ("5", "games", ("games:games:/usr/games:60", "games:games:/usr/games:60")),
+    ("4321", "", ("4321:4321:/:4321", "root:root:/root:0")),
 ])  # fmt: skip
 def test_users_of_agent_and_verifier(tmp_path, agent, verifier, sees):
     toml = f'{image()}[agent]\nuser = "{agent}"\n[verifier]\nuser = "{verifier}"'.replace('user = ""', "")
-    with open_terminal(harbor_task(written(tmp_path, toml, f"id -un; {PASS}")), "docker") as terminal:
-        assert terminal.run("id -un").text.split() == [sees[0]]
+    with open_terminal(harbor_task(written(tmp_path, toml, f"{WHO}; {PASS}")), "docker") as terminal:
+        assert terminal.run(WHO).text.strip() == sees[0]
+        assert terminal.run("kill -9 1; touch /x; echo").exit_code == 0
+        assert ("/x" in terminal.run("ls /x").text.split()) == (agent == "")
         assert terminal.verify() == 1.0
         assert terminal.verifier_output == sees[1]
 
@@ -182,14 +189,14 @@ setsid bash /x &>/dev/null & mkdir -p /logs/artifacts; ln -s /logs/verifier /log
 
 def test_a_verifier_built_of_its_tests(tmp_path):
     dockerfile = "ARG BASE\nFROM $BASE\nCOPY test.sh answer /tests/\nRUN echo built > /by\nWORKDIR /opt"
-    test = f"cat /by; pwd; ls /tests; [[ $(cat /app/out) == $(cat /tests/answer) ]] && {PASS}"
-    toml = 'artifacts = ["/app/out"]\n' + image() + "[verifier.environment]\nenv = {A = '1'}\n"
+    test = f"cat /by; pwd; ls /tests; echo $A; [[ $(cat /app/out) == $(cat /tests/answer) ]] && {PASS}"
+    toml = 'artifacts = ["/app/out"]\n' + image() + "[verifier]\nenv = {A = '1'}\n[verifier.environment]\n"
     files = {"tests/Dockerfile": dockerfile, "tests/answer": "42"}
     task = harbor_task(written(tmp_path, toml, test, **files))
     with open_terminal(task, "docker") as terminal:
         assert "built" not in terminal.run("cat /by /tests/answer; mkdir /app; printf 42 > /app/out").text
         assert terminal.verify() == 1.0
-    assert terminal.verifier_output.split() == ["built", "/opt", "answer", "test.sh"]
+    assert terminal.verifier_output.split() == ["built", "/opt", "answer", "test.sh", "1"]
 
 
 def test_a_verifier_that_cannot_start_is_no_fault_of_the_agents(tmp_path, tokenizer):

@@ -43,6 +43,12 @@ mark={mark} processes={processes} limits='-c 0'
 BY_STDIN = 'IFS= read -r -d "" script; exec </dev/null 2>&1; eval "$script"'
 LEFT_ALONE = 77  # exit code of a relay whose connection ended
 START = f'read -r -d "" relay; eval "$relay"; exit {LEFT_ALONE}'  # by stdin, so that `ps` stays short
+# The relay of an agent that is not the image's user, as who the ENTRYPOINT, health check and verifier work. A
+# number without a name is its group's as well, and has no home.
+AS_USER = """exec 2>&1; groups=--clear-groups group=$0 home=/
+if name=$(id -nu -- "$0"); then groups=--init-groups group=$(id -g -- "$0"); eval "home=~$name"
+elif [[ $0 != +([0-9]) ]]; then exit; fi
+HOME=$home exec setpriv --reuid "$0" --regid "$group" $groups bash -c "$1\""""
 _few_at_a_time = threading.BoundedSemaphore(8)  # to start; as many may run as there are threads
 
 
@@ -89,8 +95,8 @@ class Container(Terminal):
             log_config={"type": "none"},  # else what is printed fills the engine's disk
         )  # fmt: skip
         self.id = self.engine.create_container(
-            self.image, ["bash", "-c", START], hostname="sandbox",
-            user="1000:1000" if generated else asked.user or None,
+            self.image, ["bash", "-c", *([AS_USER, asked.user, START] if asked.user else [START])],
+            user="1000:1000" if generated else None, hostname="sandbox",
             environment=asked.env, working_dir=asked.workdir or None, use_config_proxy=False,
             stdin_open=True,  # and, not detached, closed when the host's connection is
             labels={docker_engine.LABEL: docker_engine.this_run()}, host_config=limits,

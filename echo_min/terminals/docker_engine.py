@@ -85,10 +85,6 @@ def set_network(client: docker.APIClient, container: str, wanted: bool) -> None:
         client.connect_container_to_network(container, network(client))
 
 
-def user_of(client: docker.APIClient, image: str) -> str:
-    return client.inspect_image(image)["Config"].get("User") or "root"
-
-
 def share(client: docker.APIClient, asked: Environment, at_once: int) -> tuple[float, int, int]:
     """cpus, MiB of memory and of storage that a container gets: as asked, else its share of the engine's."""
     cpus, memory_mb, storage_mb = _usual(client, at_once)

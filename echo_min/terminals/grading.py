@@ -15,6 +15,7 @@ import docker
 
 from echo_min.terminal import TerminalDied
 from echo_min.terminals import docker_engine
+from echo_min.worlds.harbor import Verifier
 
 SECONDS = 60.0  # of a script of ours
 KEPT_BYTES = 64 * 1024  # of what a verifier prints
@@ -39,7 +40,7 @@ def grade(container) -> float:
     if not verifier.container:
         if verifier.network != task.environment.network:
             docker_engine.set_network(container.engine, container.id, verifier.network)
-        return _test(container, has_tests=False)
+        return _test(container, verifier)
     with tempfile.TemporaryFile() as artifacts:
         with tarfile.open(fileobj=artifacts, mode="w") as kept:
             for path, left_out in verifier.artifacts:
@@ -49,24 +50,23 @@ def grade(container) -> float:
         with container.beside(verifier.container) as apart, apart.guard(f"the verifier of {task.name}"):
             apart.engine.put_archive(apart.id, "/", artifacts)
             try:
-                return _test(apart, verifier.has_tests)
+                return _test(apart, verifier)
             finally:
                 container.verifier_output = apart.verifier_output
 
 
-def _test(container, has_tests: bool) -> float:
-    """Run test.sh, which its image has or else gets, and read the reward that it leaves."""
-    task, asked = container.task, container.task.environment
+def _test(container, verifier: Verifier) -> float:
+    """Run test.sh, which the verifier's image has or else gets, and read the reward that it leaves."""
+    task, has_tests = container.task, verifier.has_tests
     code, said = container.execute(CLEAR.format("" if has_tests else "/tests"), SECONDS, user="root")
     if code != 0:
         raise OSError(f"cannot clear /tests and /logs/verifier: {said}")
     if has_tests:
         container.execute(TOOLS + "chmod a+rx /tests /tests/test.sh", SECONDS, user="root")
     else:
-        container.copy_in(asked.folder / "tests", "/tests")
-    user = asked.verifier.user or (asked.user and docker_engine.user_of(container.engine, container.image))
+        container.copy_in(task.environment.folder / "tests", "/tests")
     try:
-        options = {"keep": KEPT_BYTES, "user": user, "environment": asked.verifier.env}
+        options = {"keep": KEPT_BYTES, "user": verifier.user, "environment": verifier.env}
         code, said = container.execute(task.verify, task.limits.verifier_seconds, **options)
     finally:
         container.verifier_output = container.printed

@@ -163,7 +163,8 @@ def _container(folder: Path, tables: dict[str, dict], name: str, who: str) -> En
         memory_mb=math.ceil(table.get("memory_mb") or mebibytes(table.get("memory", ""))),
         storage_mb=math.ceil(table.get("storage_mb") or mebibytes(table.get("storage", ""))),
         network=worker.get("network_mode", table.get("network_mode", usual)) == "public",
-        workdir=table.get("workdir", ""), env=table.get("env", {}), user=str(worker.get("user", "")),
+        workdir=table.get("workdir", ""), env=table.get("env", {}),
+        user=str(worker.get("user", "")) if who == "agent" else "",
         healthcheck=Healthcheck(**{key: health[key] for key in HEALTH if key in health}) if health else None,
     )  # fmt: skip
 

@@ -60,7 +60,7 @@ def main(rounds: int, image: str) -> None:
     (folder / "tests").mkdir()
     (folder / "tests/test.sh").write_text(TEST)
     (folder / "instruction.md").touch()
-    (folder / "task.toml").write_text(f'[environment]\ndocker_image = "{image}"\nmemory_mb = 512')
+    (folder / "task.toml").write_text(f'[environment]\ndocker_image = "{image}"\ncpus = 1\nmemory_mb = 512')
     task = harbor_task(folder)
     opened: list = []
     rollout(task)  # the image is there from here on

@@ -2,6 +2,7 @@
 what happens when the engine, a container, a verifier or this program fails."""
 
 import contextlib
+import json
 import os
 import re
 import socket
@@ -461,6 +462,34 @@ def test_a_killed_run_leaves_no_container():
     assert wait_until(lambda: not its())
     assert mine.run("echo on").text == "on\n"
     mine.close()
+
+
+@pytest.mark.slow
+def test_an_evaluation_killed_at_ten_moments_leaves_nothing_and_goes_on(tmp_path):
+    def start(out):
+        flags = ["--agent", "oracle", "--tasks", EXAMPLES, "--backend", "docker", "--out", out]
+        command = [sys.executable, REPO / "eval.py", *map(str, flags)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+    def kept(out):
+        lines = (out / "trials.jsonl").read_text().splitlines() if (out / "trials.jsonl").exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    started = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    whole, out = time.monotonic() - started, tmp_path / "out"
+    for moment in range(10):
+        before = kept(out)
+        child = start(out if moment % 2 else tmp_path / f"{moment}")
+        time.sleep(whole * (0.2 + 0.08 * moment))
+        child.kill()
+        child.wait()
+        docker_engine._sweep(docker_engine.connect())  # as the next run does
+        of_child = f" {child.pid} "
+        assert wait_until(lambda its=of_child: not any(its in str(c["Labels"]) for c in containers()))
+        assert kept(out)[: len(before)] == before
+    assert start(out).wait() == 0
+    assert {t["task"]: t["reward"] for t in kept(out)} == {t.name: 1.0 for t in harbor_tasks(EXAMPLES)}
 
 
 @pytest.mark.parametrize("command", [None, "trap '' TERM HUP INT URG; setsid sleep 60 & sleep 60"])

@@ -2,7 +2,8 @@
 # The answer is in this image; what an agent did anywhere but in /app/report did not come here.
 report=/app/report/slowest.txt
 if [[ -f $report && $(wc -l <"$report") == "$WANTED" ]] && diff "$report" /tests/slowest.txt; then
-    echo 1
+    reward=1
 else
-    echo 0
-fi >/logs/verifier/reward.txt
+    reward=0
+fi
+echo $reward >/logs/verifier/reward.txt

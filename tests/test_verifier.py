@@ -109,7 +109,7 @@ def test_each_phase_has_its_own_network(tmp_path, agent, verifier, mode):
 
 
 def test_what_a_task_does_not_name_is_the_machines(tmp_path, monkeypatch, capfd):
-    docker_engine._usual.cache_clear(), docker_engine._say_once.cache_clear()
+    docker_engine._usual.cache_clear()
     task = harbor_task(written(tmp_path, f'environment.docker_image = "{NAME}"'))
     client = docker.from_env().api
 
@@ -120,7 +120,7 @@ def test_what_a_task_does_not_name_is_the_machines(tmp_path, monkeypatch, capfd)
 
     engine = client.info()
     assert limits(4) == limits(4) == (engine["NCPU"], engine["MemTotal"] // 2**21 // 4, 10240)
-    assert capfd.readouterr().err.count("tasks that name none get") == 1
+    assert capfd.readouterr().err.count("a task that names none gets") == 1
     for name, value in (("CPUS", "1"), ("MEMORY_MB", "300"), ("STORAGE_MB", "64")):
         monkeypatch.setenv(f"ECHO_MIN_{name}", value)
     docker_engine._usual.cache_clear()

@@ -13,10 +13,7 @@ import secrets
 import threading
 import time
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
-
-import docker
 
 from echo_min.tasks import Task
 from echo_min.terminal import GRACE_SECONDS, BrokenByAgent, Terminal, TerminalDied
@@ -41,8 +38,8 @@ mark={mark} processes={processes} limits='-c 0'
 # Where the agent can't read it, as it could a process's arguments. Nor does anything come before it is sent:
 # what an engine says together with its headers is lost in the client's buffer.
 BY_STDIN = 'IFS= read -r -d "" script; exec </dev/null 2>&1; eval "$script"'
-LEFT_ALONE = 77  # exit code of a relay whose connection ended
-START = f'read -r -d "" relay; eval "$relay"; exit {LEFT_ALONE}'  # by stdin, so that `ps` stays short
+# by stdin, so that `ps` stays short
+START = f'read -r -d "" relay; eval "$relay"; exit {docker_engine.LEFT_ALONE}'
 # The relay of an agent that is not the image's user, as who the ENTRYPOINT, health check and verifier work. A
 # number without a name is its group's as well, and has no home.
 AS_USER = """exec 2>&1; groups=--clear-groups group=$0 home=/
@@ -159,34 +156,13 @@ class Container(Terminal):
         try:
             yield
         except ERRORS as error:
-            died = BrokenByAgent if by_agent and self._is_engine_well(error) else TerminalDied
+            well = by_agent and docker_engine.is_well(self.engine, self.id, error, self._stream is not None)
+            died = BrokenByAgent if well else TerminalDied
             self.close()
             raise died(f"task {self.task.name}: {what}: {error}") from error
         except BaseException:
             self.close()
             raise
-
-    def _is_engine_well(self, error: Exception) -> bool:
-        """Whether what failed is inside the container: it runs, and no connection failed; or it ended, by the
-        engine's events neither by a command to the engine, nor with the connection, nor by the host."""
-        refused = isinstance(error, docker.errors.APIError) and error.is_client_error()
-        refused = refused and error.status_code != 404  # the engine forgot a command, as after a long pause
-        try:
-            for _ in range(20):
-                if not self.engine.containers(filters={"id": self.id, "status": "running"}):
-                    break
-                if refused or type(error) in (OSError, TimeoutError):
-                    return self._stream is not None
-                time.sleep(0.1)  # it may be ending
-            until = 1 + int(datetime.fromisoformat(self.engine.info()["SystemTime"]).timestamp())
-            found = self.engine.events(since=0, until=until, filters={"container": self.id}, decode=True)
-            events = [(event["Action"], event["Actor"]["Attributes"]) for event in found]
-        except ERRORS:
-            return False
-        told = any(action == "kill" and said["signal"] != "23" for action, said in events)  # 23: our SIGURG
-        codes = [int(said["exitCode"]) for action, said in events if action == "die"]
-        host = 137 in codes and "oom" not in dict(events)  # SIGKILL reaches it from outside only
-        return bool(codes) and not (told or host or LEFT_ALONE in codes)
 
     def _reply(self, seconds: float) -> str | None:
         """What the relay says; None if it says nothing in time. What comes before that is the output."""

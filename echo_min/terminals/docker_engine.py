@@ -12,6 +12,7 @@ import sys
 import tarfile
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
 import docker
@@ -24,6 +25,7 @@ from echo_min.worlds.harbor import Environment
 BASE = os.environ.get("ECHO_MIN_BASE_IMAGE", "")  # instead of a public one, where no registry is reached
 DEFAULT = "debian:bookworm"  # for generated tasks
 LABEL = "echo_min.run"
+LEFT_ALONE = 77  # exit code of a relay whose connection ended
 LIFE_SECONDS = 12 * 3600  # of a container, at most
 PULL_SECONDS = 1800.0
 SEND_SECONDS = 60.0
@@ -87,31 +89,47 @@ def set_network(client: docker.APIClient, container: str, wanted: bool) -> None:
 
 def share(client: docker.APIClient, asked: Environment, at_once: int) -> tuple[float, int, int]:
     """cpus, MiB of memory and of storage that a container gets: as asked, else its share of the engine's."""
-    cpus, memory_mb, storage_mb = _usual(client, at_once)
-    if not (asked.cpus and asked.memory_mb and asked.storage_mb):
-        gets = f"{cpus} cpus, {memory_mb} MiB of memory and {storage_mb} MiB of disk"
-        _say_once(f"tasks that name none get {gets}; ECHO_MIN_CPUS, _MEMORY_MB and _STORAGE_MB set them")
-    return asked.cpus or cpus, asked.memory_mb or memory_mb, asked.storage_mb or storage_mb
+    named = asked.cpus, asked.memory_mb, asked.storage_mb
+    return named if all(named) else tuple(n or u for n, u in zip(named, _usual(client, at_once), strict=True))
 
 
 @functools.cache
-def _usual(client: docker.APIClient, at_once: int) -> tuple[int, int, int]:
+def _usual(client: docker.APIClient, at_once: int) -> list[int]:
     """All cores, half of the memory for all containers together, 10 GiB of disk, unless set otherwise."""
     engine = client.info()
-    usual = {
-        "ECHO_MIN_CPUS": engine["NCPU"], "ECHO_MIN_MEMORY_MB": engine["MemTotal"] // 2**21 // at_once,
-        "ECHO_MIN_STORAGE_MB": 10240,
-    }  # fmt: skip
-    found = [os.environ.get(name, str(value)) for name, value in usual.items()]
-    for name, text in zip(usual, found, strict=True):
+    usual = {"CPUS": engine["NCPU"], "MEMORY_MB": engine["MemTotal"] // 2**21 // at_once, "STORAGE_MB": 10240}
+    for name in usual:
+        text = os.environ.get(f"ECHO_MIN_{name}", str(usual[name]))
         if not re.fullmatch(r"[1-9]\d{0,8}", text, re.ASCII):
-            raise EngineUnavailable(f"{name}: expected a whole number above 0, got {text!r}")
-    return tuple(map(int, found))
+            raise EngineUnavailable(f"ECHO_MIN_{name}: expected a whole number above 0, got {text!r}")
+        usual[name] = int(text)
+    gets = "{CPUS} cpus, {MEMORY_MB} MiB of memory and {STORAGE_MB} MiB of disk".format(**usual)
+    said = f"a task that names none gets {gets}; ECHO_MIN_CPUS, _MEMORY_MB and _STORAGE_MB set them"
+    print(said, file=sys.stderr, flush=True)
+    return list(usual.values())
 
 
-@functools.cache
-def _say_once(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def is_well(client: docker.APIClient, container: str, error: Exception, attached: bool) -> bool:
+    """Whether what failed is inside the container: it runs, and no connection failed; or it ended, by the
+    engine's events neither by a command to the engine, nor with the connection, nor by the host."""
+    refused = isinstance(error, docker.errors.APIError) and error.is_client_error()
+    refused = refused and error.status_code != 404  # the engine forgot a command, as after a long pause
+    try:
+        for _ in range(20):
+            if not client.containers(filters={"id": container, "status": "running"}):
+                break
+            if refused or type(error) in (OSError, TimeoutError):
+                return attached
+            time.sleep(0.1)  # it may be ending
+        until = 1 + int(datetime.fromisoformat(client.info()["SystemTime"]).timestamp())
+        found = client.events(since=0, until=until, filters={"container": container}, decode=True)
+        events = [(event["Action"], event["Actor"]["Attributes"]) for event in found]
+    except ERRORS:
+        return False
+    told = any(action == "kill" and said["signal"] != "23" for action, said in events)  # 23: our SIGURG
+    codes = [int(said["exitCode"]) for action, said in events if action == "die"]
+    host = 137 in codes and "oom" not in dict(events)  # SIGKILL reaches it from outside only
+    return bool(codes) and not (told or host or LEFT_ALONE in codes)
 
 
 def image_of(client: docker.APIClient, task: Task) -> str:

@@ -82,7 +82,7 @@ def test_eval_goes_on_where_it_ended(finished, tmp_path, capsys, monkeypatch):
         file.write('{"task": "go')  # as a kill would leave it
     played = []
     real = eval.sample_episodes
-    monkeypatch.setattr(eval, "sample_episodes", lambda *a: played.extend(a[-1]) or real(*a))
+    monkeypatch.setattr(eval, "sample_episodes", lambda *a: played.extend(a[-2]) or real(*a))
     eval.cli(flags)
     assert sorted(played) == [(0, 0), (0, 1)]  # of the task that failed, and no other
     said = capsys.readouterr().out
@@ -90,6 +90,17 @@ def test_eval_goes_on_where_it_ended(finished, tmp_path, capsys, monkeypatch):
 
     with pytest.raises(SystemExit, match="another seed: pass a new --out"):
         eval.cli([*flags, "--seed", "3"])
+
+
+def test_what_a_verifier_printed_is_kept_beside_the_transcript(finished, tmp_path, monkeypatch):
+    harbor(tmp_path / "set" / "a", "echo because; echo 0 > /logs/verifier/reward.txt")
+    harbor(tmp_path / "set" / "b", "echo 0 > /logs/verifier/reward.txt")
+    for i, who in enumerate((["--agent", "noop"], [str(finished / "echo")])):
+        out = tmp_path / f"{i}"
+        eval.cli([*who, "--tasks", str(tmp_path / "set"), "--backend", "docker", "--out", str(out)])
+        kept = {path.name: path.read_text() for path in (out / "transcripts").iterdir()}
+        assert set(kept) == {"a-0.txt", "b-0.txt", "a-0.verifier.txt"}
+        assert kept["a-0.verifier.txt"] == "because"
 
 
 def test_eval_plays_what_the_policy_was_not_trained_on(finished, tmp_path, capsys):
@@ -101,12 +112,12 @@ def test_eval_plays_what_the_policy_was_not_trained_on(finished, tmp_path, capsy
         return [json.loads(line)["task"] for line in lines]
 
     eval.cli(flags)
-    assert played() == [names[0], names[5]]
+    assert sorted(played()) == [names[0], names[5]]
     said = capsys.readouterr().out
-    assert said.startswith("plays 2 held-out tasks, not the 6 that it was trained on")
+    assert said.startswith("plays 2 held-out tasks, not the 8 that it was trained on")
     assert "over 2 of 2 tasks, 2 trials" in said
     eval.cli([*flags, "--all", "--limit", "3"])
-    assert played() == [names[0], names[5], *names[1:3]]
+    assert sorted(played()[2:]) == names[1:3]
     said = capsys.readouterr().out
     assert "plays 3 tasks; it was trained on 2 of them" in said and "over 3 of 3 tasks, 3 trials" in said
 

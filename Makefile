@@ -22,7 +22,7 @@ train: .venv/ready
 	$(PY) train.py
 
 test: .venv/ready
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadgroup
 
 test-all: test test-slow
 test-slow: .venv/ready

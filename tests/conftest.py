@@ -15,6 +15,16 @@ from echo_min.tiny import tiny_model, tiny_tokenizer
 torch.set_num_threads(1)  # models this small only lose time to a second thread
 
 
+ENGINE = "test_container", "test_docker_runs", "test_verifier"  # which count the engine's containers
+
+
+def pytest_collection_modifyitems(items):
+    """With -n 2, a file's tests stay in one process, one after the other; so do all of the engine's."""
+    for item in items:
+        group = "engine" if item.path.stem in ENGINE else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     words = "align -k acorn tk align -k acorn usage: tk align -k FILE ok acorn done ls: cannot access"

@@ -55,6 +55,7 @@ def on_this_machine(config: Config) -> Config:
         print(warning, file=sys.stderr)
     if config.threads:
         torch.set_num_threads(config.threads)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, 23 to 500 ms, for nearly every new length
     here = "cuda" if torch.cuda.is_available() else "cpu"
     device = here if config.device == "auto" else config.device
     try:

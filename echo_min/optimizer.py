@@ -13,7 +13,8 @@ def make_optimizer(model, config: Config) -> torch.optim.Optimizer:
     """AdamW over all weights; its learning rate is set by each step. Raises RunEnded without torchao."""
     options = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), **options)
+        fused = next(model.parameters()).is_cuda or None  # one pass over the weights, no copies of them
+        return torch.optim.AdamW(model.parameters(), fused=fused, **options)
     try:
         from torchao.optim import AdamW8bit  # also makes its states known to torch.load
     except ImportError as error:
@@ -29,5 +30,14 @@ def optimizer_step(optimizer, learning_rate: float, seed: int) -> None:
         torch.manual_seed(seed)  # nothing else in a run draws from torch's own generator
     else:
         group["lr"] = learning_rate
+    states_to_device(optimizer, lambda weight: weight.device)
     optimizer.step()
+    states_to_device(optimizer, lambda weight: "cpu")  # room for activations, and for the sampler's cache
     optimizer.zero_grad()
+
+
+def states_to_device(optimizer, device_for) -> None:
+    """Move AdamW's means; its counts of steps stay where they are. On a CPU nothing moves."""
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            state[name] = value.to(device_for(weight)) if value.dim() else value

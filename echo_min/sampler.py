@@ -15,6 +15,7 @@ from echo_min.config import Config, RunEnded
 
 Reply = tuple[list[int], list[float]]  # ids, and their logprobs under the full softmax at the temperature
 WORTH = 32  # tokens: a reply with fewer to come does not pay for a copy of the cache
+BUCKET = 256  # slots: on CUDA attention sees a multiple of it, as kernels are chosen anew for every new shape
 
 
 class RowCache(Cache):
@@ -131,11 +132,15 @@ class Sampler:
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids[n, T] for the first n rows at positions[n, T]. -> hidden[n, T, d]"""
-        self.cache.size = int(positions.max()) + 1  # on the CPU still: nothing waits for the device
+        # on the CPU still: nothing waits for the device
+        size, fresh = int(positions.max()) + 1, not positions[:, 0].any()
         ids, positions = ids.to(self.model.device), positions.to(self.model.device)
-        self.cache.positions = positions
-        slots = torch.arange(self.cache.size, device=ids.device)  # [S]
-        visible = slots <= positions[:, None, :, None]  # [n, 1, T, S]
+        if positions.is_cuda:
+            size = min(-(-size // BUCKET) * BUCKET, self.cache.limit)
+        self.cache.size, self.cache.positions = size, positions
+        visible = None  # rows at their start: the causal flag says it all, and lets CUDA take its fast kernel
+        if not fresh:
+            visible = torch.arange(size, device=ids.device) <= positions[:, None, :, None]  # [n, 1, T, S]
         where = {"position_ids": positions, "attention_mask": visible, "past_key_values": self.cache}
         return self.model.base_model(input_ids=ids, use_cache=True, **where).last_hidden_state
 

@@ -71,7 +71,8 @@ def test_an_update_is_that_of_a_cpu(tokenizer, arm):
     once = same_as_on_a_cpu(tokenizer, batch, replace(CONFIG, micro_batch_tokens=10**6), arm)
     for kind, most in (("wait", 18), ("copy", 12)):
         assert watch.total(kind) - once.total(kind) <= most * (parts - 1), watch
-    assert parts > 2 and once.total("wait") <= 20, once
+    means = 2 * len(list(tiny_model(tokenizer, seed=0).parameters()))  # go there for the step, and come back
+    assert parts > 2 and once.total("wait") <= 20 + means and once.total("copy") <= 12 + means, once
 
 
 @pytest.mark.parametrize("name", controls.CONTROLS)
@@ -111,10 +112,31 @@ def sampled(tokenizer, device, greedy=False, max_new=6):
 
 @pytest.mark.parametrize("greedy", [False, True])
 def test_sampling_is_that_of_a_cpu(tokenizer, greedy):
-    with fake_device.gpu() as watch:
+    with fake_device.gpu():
         got = sampled(tokenizer, "gpu", greedy)
-    assert got == sampled(tokenizer, "cpu", greedy)
-    assert watch.total("wait"), watch
+    for (ids, logprobs), (want, true) in zip(got, sampled(tokenizer, "cpu", greedy), strict=True):
+        assert ids == want and logprobs == pytest.approx(true, rel=0, abs=1e-6)
+
+
+def test_attention_there_sees_few_different_lengths(tokenizer, monkeypatch):
+    """And a mask only where a row goes on; the keys beyond a prompt's end are the bucket's."""
+    seen, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query, key, value, attn_mask=None, **options):
+        seen.append((query.shape[2], key.shape[2], attn_mask is not None, options["is_causal"]))
+        return attention(query, key, value, attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    with fake_device.gpu():
+        model = tiny_model(tokenizer, seed=0).to("gpu")
+        config = replace(CONFIG, context=600)
+        sampler = Sampler(model, set(), config, [np.random.default_rng(row) for row in range(2)])
+        for prompt in ([5] * 252, [6] * 9, [7] * 250):
+            sampler.reply([0, 1], [prompt, prompt[:3]], 3)
+    assert set(seen) == {
+        (252, 252, False, True), (1, 256, True, False), (1, 512, True, False),
+        (10, 512, True, False), (251, 600, True, False), (1, 600, True, False),
+    }  # fmt: skip
 
 
 def test_a_token_costs_the_host_two_waits_whatever_the_batch(tokenizer):
@@ -198,7 +220,7 @@ def test_a_kernel_that_gets_the_host_s_tensor_is_caught(tokenizer, monkeypatch):
         updated(tokenizer, make_batch(episodes(300), CONFIG), CONFIG)
 
 
-def test_states_restored_to_the_host_are_caught(tokenizer, tmp_path):
+def test_states_left_on_the_host_are_caught(tokenizer, tmp_path, monkeypatch):
     with fake_device.gpu():
         model = tiny_model(tokenizer, seed=0).to("gpu")
         optimizer, batch = make_optimizer(model, CONFIG), make_batch(episodes(300), CONFIG)
@@ -206,10 +228,29 @@ def test_states_restored_to_the_host_are_caught(tokenizer, tmp_path):
         torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
         checkpoint.restore_optimizer(tmp_path, optimizer)
         train.update(model, optimizer, batch, "echo", 1, CONFIG)
-        state = next(iter(optimizer.state.values()))
-        state["exp_avg"] = state["exp_avg"].to("cpu")
+        monkeypatch.setattr("echo_min.optimizer.states_to_device", lambda *_: None)
         with pytest.raises(RuntimeError, match="two devices"):
             train.update(model, optimizer, batch, "echo", 2, CONFIG)
+
+
+def test_the_optimizer_s_states_are_there_for_its_step_alone(tokenizer, monkeypatch):
+    places, step = [], torch.optim.AdamW.step
+
+    def noted(optimizer):
+        step(optimizer)
+        places.append(
+            {value.device.type for s in optimizer.state.values() for value in s.values() if value.dim()}
+        )
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    batch = make_batch(episodes(300), CONFIG)
+    with fake_device.gpu():
+        model = tiny_model(tokenizer, seed=0).to("gpu")
+        optimizer = make_optimizer(model, CONFIG)
+        for number in range(2):
+            train.update(model, optimizer, batch, "echo", number, CONFIG)
+            states = [value for s in optimizer.state.values() for value in s.values() if value.dim()]
+            assert places.pop() == {"gpu"} and {value.device.type for value in states} == {"cpu"}
 
 
 @pytest.mark.parametrize(

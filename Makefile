@@ -49,10 +49,9 @@ bench: .venv/bench
 	-$(PY) figures/trl_lines.py
 	-$(PY) figures/docker_speed.py
 
-gpu: .venv/bench
-	CUDA_VISIBLE_DEVICES=0 $(PY) -m pytest tests/test_segment_logprob.py -m ''
-	$(PY) -m kernels.bench
-	$(PY) -m kernels.price --batch 16 --tokens 2048
+# With PY=python3 nothing is installed: what that Python has is used.
+gpu: $(if $(filter .venv/bin/python,$(PY)),.venv/bench)
+	$(PY) figures/gpu.py
 
 # figures draws from the committed data; reproduce makes what is missing of it (hours), reproduce-quick tries every
 # kind of run at a toy size.

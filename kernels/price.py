@@ -2,9 +2,10 @@
 
     python -m kernels.price
 
-A model in the proportions of Qwen3-8B (the head holds 7 % of the weights), smaller: width 256, 8 layers. 40 %
-of the tokens are actions, 40 % observations. Against a GRPO that logs observation CE, ECHO adds the backward
-part of the observation rows' head; against one that skips those rows, their whole head.
+A model in the proportions of Qwen3-8B (the head holds 7 % of the weights), smaller: width 256, 8 layers; on a
+GPU in bfloat16 with all 36 layers, a quarter of the width, the vocabulary and the heads. 40 % of the tokens
+are actions, 40 % observations. Against a GRPO that logs observation CE, ECHO adds the backward part of the
+observation rows' head; against one that skips those rows, their whole head.
 """
 
 import argparse
@@ -27,11 +28,14 @@ from kernels.bench import Peak, median
 SHARES = ((Role.PROMPT, 0.1), (Role.ACTION, 0.4), (Role.OBSERVATION, 0.4), (Role.SCAFFOLD, 0.1))
 
 
-def make_model(vocab: int) -> Qwen3ForCausalLM:
+def make_model(device: str) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
-    size = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "head_dim": 32}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": False}
-    return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocab, **size, **heads))
+    sizes = "vocab_size hidden_size intermediate_size num_hidden_layers head_dim num_attention_heads".split()
+    small, quarter = ((2048, 256, 768, 8, 32, 8), 8), ((37984, 1024, 3072, 36, 128, 8), 2)
+    numbers, kv_heads = quarter if device == "cuda" else small
+    shape = dict(zip(sizes, numbers, strict=True)) | {"num_key_value_heads": kv_heads}
+    model = Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=False, **shape))
+    return model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
 
 
 def make_episodes(vocab: int, B: int, T: int) -> list[Episode]:
@@ -62,10 +66,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="episodes, B")
     parser.add_argument("--tokens", type=int, default=256, help="tokens per episode, T")
     args = parser.parse_args()
-    vocab, B, T = 2048, args.batch, args.tokens
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, B, T = make_model(device), args.batch, args.tokens
+    vocab = model.config.vocab_size
     config = Config(device=device, learning_rate=1e-9, micro_batch_tokens=1 << 20)
-    model, episodes = make_model(vocab).to(device), make_episodes(vocab, B, T)
+    episodes = make_episodes(vocab, B, T)
     whole, blind = (make_batch(e, config) for e in (episodes, without_observations(episodes)))
     arms = {"ECHO": ("echo", whole), "GRPO": ("grpo", blind)}
     arms["GRPO that logs observation CE"] = ("grpo", whole)
@@ -86,7 +91,7 @@ def main() -> None:
     head = model.lm_head.weight.numel()
     rows = round(0.4 * T) * B  # of observations, and as many of actions
     total = 3 * (body * T * B + head * rows)  # forward and backward, in products of one weight and one number
-    where = f"{device}, {torch.get_num_threads()} threads: B={B} T={T} V={vocab} d=256"
+    where = f"{device}, {torch.get_num_threads()} threads: B={B} T={T} V={vocab} {model.dtype}"
     print(f"{where}, medians of {args.rounds} rounds\n")
     print("| update | ms | ECHO / this | expected from FLOPs | peak MiB |\n|---|--:|--:|--:|--:|")
     extras = (0, 3 * head * rows / total, 2 * head * rows / (total + head * rows))

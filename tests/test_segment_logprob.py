@@ -23,6 +23,11 @@ GPU = torch.cuda.is_available()
 TOLERANCE = 5e-6
 
 
+def rounding(n):
+    """What the order of a float32 sum of n terms may change, relative to their size."""
+    return 4 * 2**-24 * n**0.5
+
+
 @pytest.fixture(params=["torch", "triton"])
 def device(request):
     """Runs a test once on each path of logit_rows and says where its tensors live."""
@@ -205,7 +210,7 @@ def test_paths_agree():
             logp = row_logprobs(hidden.to(at), weight.to(at), y.to(at), tau.to(at))
             results.append((logp.detach(), *torch.autograd.grad(logp, (hidden, weight), g.to(at))))
     for a, b in zip(*results, strict=True):
-        close(a.cpu(), b.double().cpu(), 2e-6)
+        close(a.cpu(), b.double().cpu(), rounding(5003) if GPU else 2e-6)  # a GEMM there adds up otherwise
 
 
 def test_gradcheck_of_the_recompute_path():
@@ -467,7 +472,7 @@ def test_head_on_a_gpu(dtype, share):
     want = reference(h @ W.t(), y, torch.full((N,), 0.7, device="cuda"))
     close(logp, want.detach(), 1e-5 if dtype == torch.float32 else 5e-2)
     for have, wanted in zip(got, torch.autograd.grad(want, (h, W), g.double()), strict=True):
-        gradients_close(have, wanted, 1e-5 if dtype == torch.float32 else 2e-2)
+        gradients_close(have, wanted, rounding(V) if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")

@@ -3,11 +3,13 @@
 It counts the bytes of tensors alive at one time, as torch.cuda.max_memory_allocated does, for decoders like
 Qwen3 and Llama. Rollouts and updates alternate; weights and optimizer states stay through both, gradients and
 the KV cache do not. Attention is taken to be fused: scores [T, T] are never stored. A GPU's GB are 10^9
-bytes; the 7 % that it has beyond them are left to the CUDA context and fragmentation.
+bytes; the 7 % that it has beyond them are left to the CUDA context and fragmentation. Days follow from bytes
+read in decoding, and from operations; none was measured. More GPUs share the episodes of a step.
 """
 
 import sys
 from dataclasses import replace
+from itertools import product
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
@@ -25,13 +27,16 @@ PUBLISHED = {  # so that the presets need no hub
     "Qwen/Qwen3-0.6B": (1024, 3072, 28, 16, True),
     "Qwen/Qwen3-8B": (4096, 12288, 36, 32, False),
 }
+CARDS = {80: "H100", 141: "H200"}  # by their GB
 ASSUMED = {
+    "H100": 3.35e12, "H200": 4.8e12,  # bytes a second
+    "ours": 0.45, "vllm": 0.7,  # share of it that decoding reaches
+    "launch": 12e-6,  # seconds that our sampler takes to start a kernel; a pass has 56 a layer, and 34
+    "flops": 989e12,  # a second, dense, bfloat16
+    "mfu": 0.4,  # share of it that prefill and updates reach
     "filled": 0.5,  # share of the context that a rollout fills
     "sampled": 0.5,  # share of its tokens that the policy wrote
-    "decode": 25.0,  # tokens/s of one episode while all terminals' episodes are decoded at once
-    "mfu": 0.4,  # share of the GPU's flops/s that prefill and updates reach
-    "flops": 989e12,  # a second, dense, bfloat16
-}
+}  # fmt: skip
 
 
 def skeleton(name: str):
@@ -64,7 +69,9 @@ class Estimate:
         self.count, self.largest = sum(counts), max(counts)
         # AdamW's two means; those of 8 bits have a float32 scale for every 256
         state = s if config.optimizer == "adamw" else 1 + 4 / 256
-        self.fixed = {"weights": self.count * s, "optimizer states": 2 * self.count * state}
+        states = {"optimizer states": 2 * self.count * state}  # on CUDA they wait on the host
+        self.fixed = {"weights": self.count * s} | ({} if cuda else states)
+        self.stepping = self.fixed | states | {"gradients": self.count * s}
         # What a layer keeps of a token for its backward pass: a norm its input in float32, and the result for
         # its weight's gradient; linear maps, attention and silu what they read; some float32 sums.
         norms, sums, self.read = 2 * self.d, 2 + heads, (2 * self.d + 2 * self.q + 2 * self.kv) * s
@@ -83,7 +90,7 @@ class Estimate:
             activations, again = self.layers * d * s, {"activations of one layer": tokens * self.kept}
         always = self.fixed | {"gradients": self.count * s}
         forward = always | {"activations": tokens * (activations + d * (4 + s))}  # the last norm's, too
-        workspace = self.count * s if self.cuda else 2 * self.largest * s  # on CUDA of all weights at once
+        workspace = 0 if self.cuda else 2 * self.largest * s  # on CUDA one fused kernel
         if c.optimizer == "adamw8bit":
             workspace = 8 * self.largest  # measured: two float32 copies
         at_head = {"logits": min(logits, room), "gradient of the head": head}
@@ -94,7 +101,7 @@ class Estimate:
             "loss head": forward | at_head,
             "backward of a layer": forward | again | in_layer,
             "backward of the embedding": always | {"its gradients": (1 + self.tied) * head},
-            "optimizer step": always | {"workspace": workspace},
+            "optimizer step": self.stepping | {"workspace": workspace},
         }
 
     def rollout(self) -> dict[str, dict[str, float]]:
@@ -119,17 +126,35 @@ class Estimate:
         return tuple(max(sum(parts.values()) for parts in moments.values()) for moments in phases)
 
 
-def days(estimate: Estimate) -> dict[str, float]:
-    """Part of the run -> days, without the terminals' own time."""
-    c, (filled, sampled, decode, mfu, flops) = estimate.config, ASSUMED.values()
-    tokens = c.steps * c.tasks_per_step * c.group_size * c.context * filled
-    forward = 2 * estimate.count + 2 * estimate.layers * estimate.q * c.context * filled  # FLOPs per token
-    speed, passes = mfu * flops * 86400, 4 if c.gradient_checkpointing else 3
-    return {
-        "decoding": tokens * sampled / (decode * c.terminals) / 86400,
-        "prefill": tokens * (1 - sampled) * forward / speed,
-        "updates": tokens * passes * forward / speed,
+def days(estimate: Estimate, sampler: str, gpus: int, gb: int) -> dict[str, float]:
+    """Part of the run -> days of one arm, without the terminals' own time; empty if it does not fit."""
+    c, assumed, weights = estimate.config, ASSUMED, estimate.fixed["weights"]
+    episodes, length = c.tasks_per_step * c.group_size / gpus, c.context * assumed["filled"]
+    sampled, token = length * assumed["sampled"], 2 * estimate.layers * estimate.kv * estimate.size
+    rollout, update = estimate.peaks()
+    if sampler == "vllm":  # its own weights beside those in training; asleep during updates
+        rollout, rows = 0, min(episodes, (gb * GB - 2 * weights) // (length * token))
+    else:
+        rows = min(episodes, c.terminals)
+    if rows < 1 or max(rollout, update) > gb * GB:
+        return {}
+    longest = sum(1 / n for n in range(1, round(rows) + 1))  # of rows of exponential length, over their mean
+    if sampler == "vllm":  # a place is handed on at once; the last episodes end alone
+        passes = sampled * (episodes / rows - 1 + min(longest, 1 / assumed["filled"]))
+        read = episodes * sampled * length / 2  # tokens in the cache
+    else:  # every turn lasts as long as its longest reply, and all rows are read up to the longest's end
+        passes = sampled * episodes / rows * min(longest, max(c.max_action_tokens * c.max_turns / sampled, 1))
+        read = passes * rows * length
+    decoding = (passes * weights + read * token) / (assumed[CARDS[gb]] * assumed[sampler])
+    launches = passes * (56 * estimate.layers + 34) if sampler == "ours" else 0
+    forward = 2 * estimate.count + 2 * estimate.layers * estimate.q * length  # FLOPs per token
+    once = episodes * length * forward / (assumed["mfu"] * assumed["flops"])
+    parts = {
+        "decoding": max(decoding, launches * assumed["launch"]),
+        "prefill": once * (1 - assumed["sampled"]),
+        "updates": once * (4 if c.gradient_checkpointing else 3),
     }
+    return {part: c.steps * seconds / 86400 for part, seconds in parts.items()}
 
 
 def described(config: Config) -> str:
@@ -155,9 +180,12 @@ def described(config: Config) -> str:
     for row in zip(GPUS, contexts, largest("terminals", range(1, 257)), strict=True):
         fits = "yes" if max(estimate.peaks()) <= row[0] * GB else "no"
         lines.append("  {:7}   {:>4}   {:15}   {:14}".format(row[0], fits, *row[1:]))
-    spent = days(estimate)
-    lines.append(f"\n{config.steps} steps of one arm: {sum(spent.values()):.1f} days on one GPU")
-    lines.append("  terminals not counted: " + ", ".join(f"{part} {n:.2f}" for part, n in spent.items()))
+    lines.append(f"\n{config.steps} steps of one arm, terminals not counted; vllm: if it were built in")
+    for sampler, gb, gpus in product(("ours", "vllm"), CARDS, (1, 2, 8)):
+        total = sum(days(estimate, sampler, gpus, gb).values())
+        lines.append(f"days {sampler} {gpus}x{gb}: " + (f"{total:.1f}" if total else "does not fit"))
+    spent = days(estimate, "vllm", 1, 141).items()
+    lines.append("  of vllm 1x141: " + ", ".join(f"{part} {n:.2f}" for part, n in spent))
     lines.append("  assumed: " + ", ".join(f"{name} {value:g}" for name, value in ASSUMED.items()))
     return "\n".join([*lines, lost_updates(config)]).rstrip()
 

@@ -25,7 +25,6 @@ from kernels.segment_logprob import row_logprobs
 
 MiB = 1 << 20
 
-
 # ---- contenders: (hidden[N, d], weight[V, d], targets[N], active[N]) -> logp[N or active], or a loss ----
 
 
@@ -56,7 +55,7 @@ def contenders() -> dict:
     try:
         from trl.trainer.utils import selective_log_softmax
 
-        found["TRL selective_log_softmax"] = lambda h, W, y, active: selective_log_softmax(h @ W.t(), y)
+        found["TRL selective_log_softmax"] = lambda h, W, y, _: selective_log_softmax(h @ W.t(), y)
     except ImportError as error:
         print(f"TRL is left out: {error}")
     try:

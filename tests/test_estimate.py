@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -140,13 +141,67 @@ def test_more_room_never_holds_less():
     for column in 2, 3:
         values = [int(row[column]) for row in table]
         assert values == sorted(values) and values[-1] > 16
-    assert "warning" not in text and "days on one GPU" in text
-    doubled = Config(**PRESETS["qwen3_8b"] | {"steps": 1000})
-    model = skeleton(doubled.model)
-    once = days(Estimate(model, Config(**PRESETS["qwen3_8b"])))
-    assert all(
-        days(Estimate(model, doubled))[part] == pytest.approx(2 * value) for part, value in once.items()
-    )
+    assert "warning" not in text
+
+
+CASES = [(sampler, gpus, gb) for sampler in ("ours", "vllm") for gb in (80, 141) for gpus in (1, 2, 8)]
+
+
+def spent(preset, case, **changed):
+    config = Config(**PRESETS[preset] | changed)
+    return days(Estimate(skeleton(config.model), config), *case)
+
+
+def test_days_are_one_line_a_case():
+    text = described(Config(**PRESETS["qwen3_8b"]))
+    found = re.findall(r"^days (ours|vllm) (\d)x(\d+): (\d+\.\d)$", text, re.MULTILINE)
+    assert [(sampler, int(gpus), int(gb)) for sampler, gpus, gb, _ in found] == CASES
+    for case, (*_, number) in zip(CASES, found, strict=True):
+        assert float(number) == pytest.approx(sum(spent("qwen3_8b", case).values()), abs=0.051)
+    goals = {("vllm", "1", "141"): 6, ("vllm", "1", "80"): 8}
+    assert all(float(number) <= goals.get(tuple(case), 99) for *case, number in found)
+    text = described(Config(**PRESETS["qwen3_8b"] | {"terminals": 64}))
+    assert "days ours 1x141: does not fit" in text and "days vllm 1x141: 4.1" in text
+
+
+def test_days_as_counted_by_hand():
+    """Qwen3-8B, 256 episodes a step of 8192 tokens, half of them sampled; 147,456 bytes a token cached."""
+    ours, vllm = (spent("qwen3_8b", case) for case in (("ours", 1, 80), ("vllm", 1, 141)))
+    longest = sum(1 / n for n in range(1, 13))  # of 12 exponential replies, in means: 3.1
+    passes = 4096 * 256 / 12 * longest
+    assert ours["decoding"] == pytest.approx(500 * passes * 2050 * 12e-6 / 86400)  # bound by launches
+    weights, rows = 2 * 8_190_735_360, 89  # (141e9 - 2 weights) / (8192 tokens)
+    passes = 4096 * ((256 - rows) / rows + 2)  # no episode is longer than two mean ones
+    read = passes * weights + 256 * 4096 * 4096 * 147_456
+    assert vllm["decoding"] == pytest.approx(500 * read / (4.8e12 * 0.7) / 86400)
+    assert vllm["updates"] == ours["updates"] and vllm["prefill"] == ours["prefill"]
+    once = 256 * 8192 * (2 * 8_190_735_360 + 2 * 36 * 4096 * 8192)  # operations of a forward pass
+    assert vllm["updates"] == pytest.approx(500 * 4 * once / (0.4 * 989e12) / 86400)
+    assert vllm["prefill"] == pytest.approx(vllm["updates"] / 8)
+    wide = spent("qwen3_8b", ("ours", 1, 141), terminals=40, max_action_tokens=512)
+    passes = 4096 * 256 / 40 * 2  # 16 replies of at most 512, of which 256 are used
+    read = passes * (weights + 40 * 8192 * 147_456)
+    assert wide["decoding"] == pytest.approx(500 * read / (4.8e12 * 0.45) / 86400)  # bound by bytes
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_less_to_do_takes_less(case):
+    sampler, gpus, gb = case
+    whole = spent("qwen3_8b", case)
+    assert sum(spent("qwen3_0_6b", case).values()) < sum(whole.values())
+    assert spent("qwen3_8b", case, steps=1000)["decoding"] == pytest.approx(2 * whole["decoding"])
+    assert sum(spent("qwen3_8b", (sampler, 2 * gpus, gb)).values()) < sum(whole.values())
+    assert sum(spent("qwen3_8b", ("vllm", gpus, gb)).values()) <= sum(whole.values())
+    assert sum(spent("qwen3_8b", (sampler, gpus, 141)).values()) <= sum(whole.values())
+
+
+def test_on_a_gpu_the_optimizer_s_states_are_there_in_its_step_alone():
+    config = Config(**PRESETS["qwen3_8b"])
+    there, here = (Estimate(skeleton(config.model), config, cuda) for cuda in (True, False))
+    for phase in ("rollout", "update"):
+        for moment, parts in getattr(there, phase)().items():
+            assert ("optimizer states" in parts) == (moment == "optimizer step")
+            assert "optimizer states" in getattr(here, phase)()[moment]
 
 
 def test_the_command_line(tmp_path):

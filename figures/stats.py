@@ -1,5 +1,6 @@
 """Numbers over seeds: lines of figures/data picked, averaged, compared."""
 
+from math import atan2, cos, isnan, nan, pi, sin
 from statistics import fmean, stdev
 
 from echo_min.report import student
@@ -34,3 +35,41 @@ def interval(values: list[float]) -> str:
 def paired(a: dict[int, float], b: dict[int, float]) -> list[float]:
     """b - a for the seeds that both have."""
     return [b[seed] - a[seed] for seed in a if seed in b]
+
+
+def two_sided_p(t: float, freedom: int) -> float:
+    """How likely |T| > |t| is for Student's t with so many degrees of freedom. Exact: a finite series in the
+    angle whose tangent is t / sqrt(freedom)."""
+    angle = atan2(abs(t), freedom**0.5)
+    cosine, term, total = cos(angle), 1.0, 0.0
+    if freedom % 2:
+        for k in range(1, freedom, 2):  # cos + 2/3 cos^3 + 2/3 4/5 cos^5 + ...
+            term *= cosine if k == 1 else (k - 1) / k * cosine**2
+            total += term
+        return max(0.0, 1 - 2 / pi * (angle + sin(angle) * total))
+    for k in range(0, freedom, 2):  # 1 + 1/2 cos^2 + 1/2 3/4 cos^4 + ...
+        term *= (k - 1) / k * cosine**2 if k else 1.0
+        total += term
+    return max(0.0, 1 - sin(angle) * total)
+
+
+def paired_p(differences: list[float]) -> float:
+    """Paired t-test: how likely a mean difference at least this far from 0 is if the true one is 0. Fewer
+    than two seeds say nothing: nan."""
+    n = len(differences)
+    if n < 2:
+        return nan
+    mean, error = fmean(differences), stdev(differences) / n**0.5
+    if error == 0:
+        return 0.0 if mean else 1.0
+    return two_sided_p(mean / error, n - 1)
+
+
+def holm(p: dict[str, float]) -> dict[str, float]:
+    """Holm's correction for all the comparisons that were planned; one without data (nan) counts, too."""
+    known = sorted((name for name in p if not isnan(p[name])), key=p.__getitem__)
+    corrected, largest = dict.fromkeys(p, nan), 0.0
+    for i, name in enumerate(known):
+        largest = max(largest, min(1.0, (len(p) - i) * p[name]))
+        corrected[name] = largest
+    return corrected

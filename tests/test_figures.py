@@ -22,7 +22,6 @@ import held_out_ce  # noqa: E402
 import lambda_sweep  # noqa: E402
 import learning_curves  # noqa: E402
 import recipe  # noqa: E402
-import stats  # noqa: E402
 import surprise  # noqa: E402
 import verifier_free  # noqa: E402
 from controls import CONTROLS  # noqa: E402
@@ -58,13 +57,6 @@ def invent(jobs, path):
             lines.append(line | {"step": step + 1, "pass_rate_few": 1.0})  # between the full evaluations
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return lines
-
-
-def test_mean_interval():
-    mean, half = stats.mean_interval([1.0, 2.0, 3.0])
-    assert (mean, half) == (2.0, pytest.approx(4.303 / 3**0.5))
-    _, wide = stats.mean_interval([float(i % 2) for i in range(11)])
-    assert wide == pytest.approx(2.228 * 0.5222 / 11**0.5, rel=0.01)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -101,7 +101,7 @@ if (training) {
   Object.assign(control, { type: 'range', max: steps.length - 1 })
   chart('pass rate, held-out', [['pass_rate', ', sampled', ''], ['pass_rate_greedy', ', greedy', '6 4']])
   chart("observation CE on the expert's episodes, nats a token", [['expert_ce', '', '']])
-  if (points[0].step === 0) policies.unshift(['base', '#24292f', () => points[0]])
+  if (points[0].step === 0) policies.unshift(['base', '#a8a88c', () => points[0]])
   columns('expert', "The expert's episode of a held-out task, as each policy reads it", policies)
 } else points.forEach((p, i) => add(control, 'option', { value: i }, `${p.task}, trial ${p.member}`))
 columns('own', training ? 'What each policy does in that task itself (greedy)' : 'What it did', policies)

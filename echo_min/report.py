@@ -18,7 +18,7 @@ from echo_min.masking import Role, Transcript
 
 Token = tuple[str, Role, float]  # text, who wrote it, surprise in nats (0 outside observations)
 LEGEND = "blue: the policy; red: the terminal, brighter where it surprised the policy; yellow: a warning"
-COLOURS = {"grpo": "#777777", "echo": "#d1495b"}
+COLOURS = {"grpo": "#707070", "echo": "#c4001c"}  # told apart without red, or green: tests/test_style.py
 
 
 def log(path: Path, record: dict) -> None:

@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))  # the scripts in figures/ import train and echo_m
 
 import controls  # noqa: E402
 import probes  # noqa: E402
+import tables  # noqa: E402
 
 import train  # noqa: E402
 from echo_min import checkpoint, report  # noqa: E402
@@ -41,6 +42,7 @@ from echo_min.tasks import World  # noqa: E402
 from echo_min.worlds.registry import load_tasks  # noqa: E402
 
 DATA, PNG, RUNS = ROOT / "figures" / "data", ROOT / "figures" / "png", Path("runs") / "figures"
+QUICK = Path("runs") / "quick"
 Jobs = dict[str, tuple[str, str, Config]]
 SETTINGS = {"eval_tasks": 200, "save_every": 25}  # of every experiment
 FROZEN = {  # settings as they were when digests began: a default may change, these never do
@@ -88,13 +90,23 @@ def base(config: Config, seed: int) -> Path:
     return path
 
 
+def from_base(config: Config) -> Config:
+    """The same run, from the base policy of its world and seed."""
+    return replace(config, model=str(base(config, config.seed)))
+
+
+def trained(key: str, arm: str, control: str, config: Config) -> Path:
+    """Train one arm, or what is left of it. -> the run's folder"""
+    run = replace(config, name=key.replace("/", "-").replace(" ", "-"), arms=arm, control=control or "probes")
+    watched = probes.watched(controls.named(control), world_of(config), config)
+    train.main(run, RUNS / key, control=watched)
+    return RUNS / key
+
+
 def train_run(key: str, arm: str, control: str, config: Config) -> list[dict]:
-    """Train one arm, or what is left of it. -> a line an evaluation, with means of the steps before, and the
-    lines of the small evaluations between them (probes.py)."""
-    folder = RUNS / key
-    run = replace(config, name=key.replace("/", "-"), arms=arm, control=control or "probes")
-    world = world_of(config)
-    train.main(run, folder, control=probes.watched(controls.named(control), world, config))
+    """Train one arm. -> a line an evaluation, with means of the steps before, and the lines of the small
+    evaluations between them (probes.py)."""
+    folder, world = trained(key, arm, control, config), world_of(config)
     about = {"key": key, "config": digest(config), "world": config.tasks.removeprefix("world:"), "arm": arm}
     about |= {"control": control} if control else {}
     about |= {"env_weight": config.env_weight if arm != "grpo" else 0.0, "seed": config.seed}
@@ -156,19 +168,22 @@ def main(
     about: str,
     jobs: Jobs,
     run: Callable[[str, str, str, Config], list[dict]],
-    draw: Callable[[list[dict]], None],
+    draw: Callable[[list[dict]], dict[str, str]],
 ) -> None:
-    """The command line of a figure script: redraw from data, make what is missing, or make one run."""
+    """The command line of a figure script: redraw from data, make what is missing, or make one run. draw
+    returns the tables, by the names that they have in figures/README.md."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="make the runs that are missing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="with --run: so many at a time")
     parser.add_argument("--only", default="", help="with --run: only runs whose key matches this regex")
     parser.add_argument("--job", help="make this run, in this process")
+    parser.add_argument("--write", action="store_true", help="put the tables into figures/README.md")
     parser.add_argument("--quick", action="store_true", help="a few tiny runs, under runs/quick")
     args = parser.parse_args()
     os.chdir(ROOT)
     if args.quick:
-        jobs = quick(jobs)
+        go_quick()
+        jobs = as_asked(jobs)
     if args.job:
         if args.job not in jobs:
             parser.error(f"--job: {args.job!r} is not one of: {', '.join(jobs)}")
@@ -182,7 +197,10 @@ def main(
         todo = [key for key in jobs if key not in done and re.search(args.only, key)]
         command = [f"figures/{experiment}.py", *["--quick"] * args.quick, "--job"]
         run_all([[*command, key] for key in todo], args.jobs)
-    draw(load(experiment, jobs))
+    found = draw(load(experiment, jobs))
+    print(*found.values(), sep="\n")
+    if not args.quick:
+        tables.in_page(ROOT / "figures" / "README.md", found, args.write)
 
 
 def tiny(config: Config) -> Config:
@@ -190,14 +208,20 @@ def tiny(config: Config) -> Config:
     return replace(config, **sizes, base_demonstrations=100, base_steps=20)
 
 
-def quick(jobs: Jobs) -> Jobs:
-    """At most a dozen jobs of the first seed, tiny; all they write goes to runs/quick."""
+def go_quick() -> None:
+    """All that is written goes to runs/quick."""
     global DATA, PNG, RUNS
-    DATA, PNG, RUNS = (Path("runs") / "quick" / name for name in ("data", "png", "runs"))
+    DATA, PNG, RUNS = (QUICK / name for name in ("data", "png", "runs"))
+
+
+def as_asked(jobs: Jobs, *also: str) -> Jobs:
+    """The jobs; with --quick at most a dozen of the first seed, and those named, all of them tiny."""
+    if QUICK not in DATA.parents:
+        return jobs
     seed = min(config.seed for *_, config in jobs.values())
-    first = {key: job for key, job in jobs.items() if job[-1].seed == seed}
-    some = list(first)[:: -(-len(first) // 12)]
-    return {key: (*first[key][:-1], tiny(first[key][-1])) for key in some}
+    first = [key for key, job in jobs.items() if job[-1].seed == seed]
+    some = [*first[:: -(-len(first) // 12)], *also]
+    return {key: (*jobs[key][:-1], tiny(jobs[key][-1])) for key in some}
 
 
 def run_all(commands: list[list[str]], at_a_time: int) -> None:

@@ -1,71 +1,77 @@
-"""How well each arm predicts the terminal on the trajectories of another, stronger policy (paper: figure 3).
+"""How well the policies predict the terminal on the expert's episodes, by kind of token (probes.kinds).
 
-python figures/held_out_ce.py    draws it from the data of learning_curves.py; there is nothing else to run
+Does an arm learn facts, or form? Drawn by learning_curves.py, from its lines.
 """
 
-import argparse
+from math import log
 
 import common
-import learning_curves
 import matplotlib.pyplot as plt
+import probes
 import stats
 import style
-from learning_curves import LABELS, SCENES, of
+import tables
 
-BARS = "base", "grpo", "echo 0.05", "echo", "placebo_words", "placebo_outputs", "placebo", "floor"
-PAPER = {  # (GRPO, ECHO) relative to the base, the range over figure 3's panels with Qwen3-8B and 14B
-    "grpo": (0.92, 1.00),
-    "echo": (0.24, 0.79),
+from echo_min.worlds.tool import FILES
+
+SHOWN = {
+    "echoed": "words of the command itself",
+    "telling": "words that tell what to do",
+    "template": "all else: what every output has",
 }
+# Nats a token of one who knows world and command: nothing is open, but which file grep finds, each as likely.
+FLOOR = {("file", "telling"): log(len(FILES))}
 
 
-def relative(lines: list[dict], scene: str, arm: str) -> list[float]:
-    """CE after the last step over the base's, one number a seed."""
-    first = stats.by_seed(of(lines, scene, "grpo"), "observation_ce", step=0)
-    mine = of(lines, scene, arm)
-    steps = max((line["step"] for line in mine if "step" in line), default=None)  # the floor has no steps
-    last = stats.by_seed([x for x in mine if x.get("step") == steps], "observation_ce")
-    return [last[seed] / first[seed] for seed in last if seed in first]
+def change(lines: list[dict], kind: str) -> tuple[list[float], list[float], list[float]]:
+    """-> (base, last, last - base), each a number a seed."""
+    key, last = f"ce_{kind}", max((line["step"] for line in lines), default=0)
+    first, then = (stats.by_seed(lines, key, step=step) for step in (0, last))
+    return list(first.values()), list(then.values()), stats.paired(first, then)
 
 
-def main() -> None:
-    lines = common.load(learning_curves.EXPERIMENT, learning_curves.jobs())
-    scenes = [scene for scene in SCENES if of(lines, scene, "grpo")]
-    bars = {scene: [b for b in BARS if b == "base" or relative(lines, scene, b)] for scene in scenes}
-    widths = [len(names) for names in bars.values()]
-    fig, axes = plt.subplots(
-        1, len(scenes), figsize=(0.55 * sum(widths) + 1, 4.4), width_ratios=widths, squeeze=False, sharey=True
-    )
-    print("observation CE on the expert's trajectories after training / the base's, ± 95 % interval\n")
-    print("| | " + " | ".join(SCENES[scene][4] for scene in scenes) + " |")
-    print("|---" * (len(scenes) + 1) + "|")
-    table = {arm: [] for arm in BARS[1:]}
-    for ax, scene in zip(axes[0], scenes, strict=True):
-        ax.axhline(1, color="#999999", lw=1)
-        for arm in table:
-            table[arm].append(stats.interval(relative(lines, scene, arm)) if arm in bars[scene] else "")
-        names = []
-        for x, arm in enumerate(bars[scene]):
-            values = [1.0] if arm == "base" else relative(lines, scene, arm)
-            mean, half = stats.mean_interval(values)
-            ax.bar(x, mean, yerr=half if len(values) > 1 else None, color=style.COLOURS[arm], capsize=3)
-            names.append(f"{arm.replace('_', ' ')}, {100 * (mean - 1):+.0f} %")
-            if arm in PAPER:
-                low, high = PAPER[arm]
-                ax.fill_between([x - 0.45, x + 0.45], low, high, color="black", alpha=0.25, lw=0)
-        ax.set_xticks(range(len(names)), names, fontsize=8, rotation=90)
-        style.axes(ax, ylabel="observation CE / the base's" if ax is axes[0, 0] else "", ylim=(0, 2.5))
-        ax.set_title(f"{SCENES[scene][4]}", fontsize=10)
-    fig.suptitle("grey: the paper's range (Qwen3-8B and 14B, three task sets)", fontsize=9)
-    fig.tight_layout()
+def verdict(differences: list[float]) -> str:
+    """By the 95 % interval of the change."""
+    if len(differences) < 2:
+        return "no data"
+    mean, half = stats.mean_interval(differences)
+    return "open" if abs(mean) <= half else f"{'rises' if mean > 0 else 'falls'} by {abs(mean):.2f}"
+
+
+def draw(lines: list[dict], arms: dict, worlds: dict, labels: dict) -> dict[str, str]:
+    """Four rows of panels: the worlds, and the controls of the hard tool."""
+    main = [name for name, (_, control, dials, _) in arms.items() if not control + dials]
+    shown = [(world, world, main) for world in worlds]
+    shown.append(("hard, controls", "hard", ["echo 0.05", *(name for name in arms if name not in main)]))
+    fig, axes = plt.subplots(len(shown), len(SHOWN), figsize=(12, 3.1 * len(shown)), squeeze=False)
+    for row, (title, world, names) in zip(axes, shown, strict=True):
+        for ax, (kind, meaning) in zip(row, SHOWN.items(), strict=True):
+            for name in names:
+                mine = stats.of(lines, world, name)
+                style.curves(ax, mine, f"ce_{kind}", style.COLOURS[name], labels[name])
+            if any(f"ce_{kind}" in line for line in stats.of(lines, world)):
+                ax.axhline(FLOOR.get((world, kind), 0.0), color="black", ls=":", lw=1, label="floor")
+            style.axes(ax, ylabel=f"{title}: nats a token" if ax is row[0] else "", ylim=(0, None))
+            ax.set_title(f"{title}, {kind}: {meaning}", fontsize=9)
+    for ax in axes[-1]:
+        ax.set_xlabel("step; 0 is the base")
+    found = {kind: verdict(change(stats.of(lines, "hard", "grpo"), kind)[2]) for kind in SHOWN}
+    said = "; ".join(f"{kind} {text}" for kind, text in found.items())
+    fig.suptitle(f"Under GRPO in the hard tool, cross-entropy on {style.seeds(lines)}: {said}", fontsize=11)
+    style.legend(fig, axes.flat, 0.05, ncols=4)
     common.save(fig, "held_out_ce")
-    for arm, cells in table.items():
-        print(f"| {LABELS.get(arm, arm)} | " + " | ".join(cells) + " |")
+    return {"held_out_ce": table(lines, arms, worlds, labels)}
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.parse_args()
-    main()
+def table(lines: list[dict], arms: dict, worlds: dict, labels: dict) -> str:
+    rows = [("world", "arm", *(f"{kind}: base → last" for kind in probes.KINDS))]
+    for world in worlds:
+        for name in arms:
+            mine = stats.of(lines, world, name)
+            texts = []
+            for kind in probes.KINDS:
+                first, last, _ = change(mine, kind)
+                texts.append(f"{stats.interval(first)} → {stats.interval(last)}" if last else "–")
+            if mine:
+                rows.append([world, labels[name], *texts])
+    return tables.table(rows)

@@ -1,129 +1,148 @@
-"""Pass rate, observation CE and diversity against lambda, in three worlds, from two bases.
+"""Pass rate, observation CE and form of the commands against lambda, in three worlds, from two bases.
 
-python figures/lambda_sweep.py          redraws the pictures and prints the table, from figures/data
+python figures/lambda_sweep.py          redraws the picture and prints the tables, from figures/data
 python figures/lambda_sweep.py --run    makes the runs that are missing
+
+A lambda collapses where the last pass rate, mean over seeds, is below half of lambda 0's. How: commands are
+preferred whose output the policy can predict (most rollouts of the last steps fail with an output CE below
+0.1), or words are destroyed (most first commands call no program that the expert calls).
 """
 
-from dataclasses import replace
+from statistics import fmean
 
 import common
-import learning_curves
 import matplotlib.pyplot as plt
 import numpy as np
+import recipe
 import stats
 import style
+import tables
 
 from echo_min.config import Config
 
 EXPERIMENT = "lambda_sweep"
 SEEDS = 11, 12, 13
-SCENES = {  # name -> (world, turns, steps, title); file learns faster, and a step of three calls takes longer
-    "tool": ("tool", 1, 75, "tool, one call"),
-    "hard": ("hard", 1, 75, "hard tool, one call"),
-    "file": ("file", 3, 50, "files, three calls"),
+STEPS = {"hard": 75, "gnu": 75, "file": 50}
+BASES = {  # (world, name) -> weight of the observations when its base was made, lambdas
+    **{(world, "moderate"): (0.3, (0.0, 0.01, 0.05, 0.2, 1.0, 5.0, 20.0)) for world in STEPS},
+    ("hard", "high"): (0.0, (0.0, 0.001, 0.05, 1.0)),  # never saw terminal text: its observation CE is high
 }
-BASES = {  # name -> (weight of the observations when the base was made, lambdas: finer where its curve bends)
-    "moderate": (0.3, (0.0, 0.01, 0.05, 0.2, 1.0, 5.0, 20.0, 100.0)),
-    "high": (0.0, (0.0, 0.0001, 0.001, 0.01, 0.05, 1.0)),
+ROWS = {  # of the picture: means over all evaluations after step 0
+    "pass_rate": "pass rate",
+    "observation_ce": "observation CE on the\nexpert's episodes, nats a token",
+    "well_begun": "first commands that call\na program of the expert's",
+    "trivial_failures": "rollouts that fail with\nan output known beforehand",
 }
-LAMBDAS = sorted({weight for _, weights in BASES.values() for weight in weights})
-NORMS = "selected", "global"  # beside the paper's, in one world
-NORM_SCENE, NORM_LAMBDAS = "hard", (0.05, 1.0, 20.0)
-COLOURS = {"moderate": style.COLOURS["echo"], "high": style.COLOURS["placebo"]}
 
 
 def jobs() -> common.Jobs:
     found = {}
-
-    def add(kind: str, scene: str, weight: float, seed: int, **settings) -> None:
-        world, turns, steps, _ = SCENES[scene]
-        settings |= {"tasks": f"world:{world}", "max_turns": turns, "steps": steps, "seed": seed}
-        settings |= learning_curves.TUNED.get(world, {})
-        config = Config(**common.SETTINGS, **settings, env_weight=weight)
-        found[f"{scene}/{kind}/{weight:g}/{seed}"] = ("echo" if weight else "grpo"), "", config
-
-    for strength, (base_weight, weights) in BASES.items():
-        for seed in SEEDS:
-            for scene in SCENES:
-                for weight in weights:
-                    add(strength, scene, weight, seed, base_observation_weight=base_weight)
-    for norm in NORMS:
-        for seed in SEEDS:
-            for weight in NORM_LAMBDAS:
-                add(norm, NORM_SCENE, weight, seed, observation_norm=norm)
+    for seed in SEEDS:
+        for (world, name), (base_weight, weights) in BASES.items():
+            for weight in weights:
+                more = {"steps": STEPS[world], "base_observation_weight": base_weight}
+                config = recipe.config(world, weight, seed, **more)
+                found[f"{world}/{name}/{weight:g}/{seed}"] = "echo" if weight else "grpo", "", config
     return found
 
 
 def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
-    """Every seed starts from the same base: of its scene and strength."""
-    return common.train_run(key, arm, control, replace(config, model=str(common.base(config, seed=11))))
+    return common.train_run(key, arm, control, common.from_base(config))
 
 
-# ---- pictures and tables ----
+# ---- numbers ----
 
 
-def curve(lines: list[dict], scene: str, kind: str, key: str) -> dict[float, list[float]]:
-    """lambda -> a value a seed: the mean over the learning curve, or what the last evaluation says."""
-    found: dict[float, list[float]] = {}
-    for weight in LAMBDAS:
-        mine = [line for line in lines if line["key"].startswith(f"{scene}/{kind}/{weight:g}/")]
-        first = 1 if key.startswith("pass") else SCENES[scene][2]
-        mine = [line for line in mine if line["step"] >= first]
-        if values := list(stats.by_seed(mine, key).values()):
-            found[weight] = values
-    return found
+def curve(lines: list[dict], world: str, name: str, weight: float, key: str) -> dict[int, float]:
+    """seed -> mean over what was measured after step 0."""
+    mine = stats.of(lines, world, name, f"{weight:g}")
+    return stats.by_seed([line for line in mine if line["step"] > 0], key)
+
+
+def last(lines: list[dict], world: str, name: str, weight: float, key: str) -> float:
+    """Mean over seeds after the last step; nan if there is none."""
+    values = stats.by_seed(stats.of(lines, world, name, f"{weight:g}"), key, step=STEPS[world])
+    return fmean(values.values()) if values else float("nan")
+
+
+def collapse(lines: list[dict], world: str, name: str, weight: float) -> str:
+    """How this lambda destroys the policy; empty if it does not."""
+    reached, without = (last(lines, world, name, w, "pass_rate") for w in (weight, 0.0))
+    if not reached < without / 2:
+        return ""
+    if last(lines, world, name, weight, "trivial_failures") > 0.5:
+        return "predictable commands preferred"
+    return "words destroyed" if last(lines, world, name, weight, "well_begun") < 0.5 else "otherwise"
+
+
+def headline(lines: list[dict]) -> str:
+    said = []
+    for (world, name), (_, weights) in BASES.items():
+        curves = {w: curve(lines, world, name, w, "pass_rate").values() for w in weights}
+        means = {w: fmean(values) for w, values in curves.items() if values}
+        if not means:
+            continue
+        best = max(means, key=means.get)
+        lost = [f"{w:g} ({how})" for w in weights if (how := collapse(lines, world, name, w))]
+        ends = f"collapse at {', '.join(lost)}" if lost else "no collapse"
+        said.append(f"{world}, base with {name} observation CE: best {best:g}, {ends}")
+    return "\n".join(said)
+
+
+# ---- picture and tables ----
 
 
 def place(weight: float) -> float:
     """Where a lambda stands on the axis: logarithmic, with 0 left of all."""
-    return np.log10(weight) if weight else -4.7
+    return np.log10(weight) if weight else -3.7
 
 
-def draw(lines: list[dict]) -> None:
-    rows = (
-        ("pass_rate", "pass rate,\nmean over the curve"),
-        ("observation_ce", "expert's observation CE\n(nats/token)"),
-        ("command_diversity", "different commands\nper command"),
-        ("trivial_failures", "failures with output\nknown beforehand (share)"),
-    )
-    fig, axes = plt.subplots(len(rows), len(SCENES), figsize=(12, 11), sharex=True)
-    for column, scene in enumerate(SCENES):
-        for ax, (key, label) in zip(axes[:, column], rows, strict=True):
-            for kind in (*BASES, *NORMS):
-                points = curve(lines, scene, kind, key)
-                if not points:
-                    continue
-                x = [place(weight) for weight in points]
-                mean, half = np.array([stats.mean_interval(v) for v in points.values()]).T
-                if kind in NORMS:
-                    mark = "s" if kind == "selected" else "^"
-                    ax.plot(x, mean, mark, color="black", ms=5, mfc="none", label=f"{kind} normaliser")
-                    continue
-                ax.plot(x, mean, "o-", color=COLOURS[kind], ms=4, label=f"base with {kind} observation CE")
-                ax.fill_between(x, mean - half, mean + half, color=COLOURS[kind], alpha=0.15, lw=0)
-            ax.axvline(np.log10(0.05), color="#999999", ls=":", lw=1)
-            style.axes(ax, ylabel=label if column == 0 else "", ylim=(0, None))
-        axes[0, column].set_title(SCENES[scene][3], fontsize=10)
-        ticks = [place(weight) for weight in LAMBDAS]
-        axes[-1, column].set_xticks(ticks, [f"{weight:g}" for weight in LAMBDAS], rotation=45)
-        axes[-1, column].set_xlabel("$\\lambda$ (dotted: the paper's 0.05)")
-    handles = axes[0, list(SCENES).index(NORM_SCENE)].get_legend_handles_labels()
-    fig.legend(*handles, loc="lower center", ncols=4, frameon=False, fontsize=9)
-    fig.tight_layout(rect=(0, 0.04, 1, 1))
+def draw(lines: list[dict]) -> dict[str, str]:
+    fig, axes = plt.subplots(len(ROWS), len(STEPS), figsize=(12, 11.5), sharex=True, sharey="row")
+    every = sorted({weight for _, weights in BASES.values() for weight in weights})
+    for ax, label in zip(axes[:, 0], ROWS.values(), strict=True):
+        ax.set_ylabel(label)
+    for column, world in zip(axes.T, STEPS, strict=True):
+        for ax, key in zip(column, ROWS, strict=True):
+            top = float("inf") if key == "observation_ce" else 1.0
+            for (where, name), (_, weights) in BASES.items():
+                values = {w: curve(lines, world, name, w, key) for w in weights} if where == world else {}
+                points = [
+                    {"seed": seed, "place": place(w), key: value}
+                    for w, own in values.items()
+                    for seed, value in own.items()
+                ]
+                dashes = {"ls": "-", "marker": "o"} if name == "moderate" else {"ls": "--", "marker": "s"}
+                label_of = f"base with {name} observation CE"
+                style.curves(ax, points, key, "black", label_of, "place", top, **dashes, ms=3)
+            ax.axvline(np.log10(0.05), color=style.COLOURS["echo 0.05"], ls=":", label="the paper's 0.05")
+            style.axes(ax)
+        here = stats.of(lines, world)
+        seeds = style.seeds(here) if here else "no data"
+        column[0].set_title(f"{world}, {STEPS[world]} steps, {seeds}", fontsize=10)
+        column[-1].set_xticks([place(w) for w in every], [f"{w:g}" for w in every], rotation=45)
+        column[-1].set_xlabel("lambda")
+    for ax in axes[:, 0]:
+        ax.set_ylim(bottom=0)  # and that of its row
+    fig.suptitle(f"{headline(lines)}\nmeans over all evaluations after step 0", fontsize=10)
+    style.legend(fig, axes.flat, 0.03, ncols=3)
     common.save(fig, EXPERIMENT)
-    for key, label in rows:
-        table(lines, key, label.replace("\n", " "))
+    return {EXPERIMENT: table(lines)}
 
 
-def table(lines: list[dict], key: str, label: str) -> None:
-    print(f"\n{label}: mean ± 95 % interval over seeds\n")
-    print("| world | base | " + " | ".join(f"{weight:g}" for weight in LAMBDAS) + " |")
-    print("|---" * (len(LAMBDAS) + 2) + "|")
-    for scene in SCENES:
-        for kind in (*BASES, *NORMS):
-            if points := curve(lines, scene, kind, key):
-                cells = [stats.interval(points[w]) if w in points else "" for w in LAMBDAS]
-                print(f"| {SCENES[scene][3]} | {kind} | " + " | ".join(cells) + " |")
+def table(lines: list[dict]) -> str:
+    rows = [("world", "base", "lambda", "pass rate, curve", "observation CE, curve", "last pass rate",
+             "first commands well begun, last", "failures foreseen, last", "collapse")]  # fmt: skip
+    for (world, name), (_, weights) in BASES.items():
+        for weight in weights:
+            if not stats.of(lines, world, name, f"{weight:g}"):
+                continue
+            own = [curve(lines, world, name, weight, key) for key in ("pass_rate", "observation_ce")]
+            cells = [stats.interval(list(values.values())) for values in own]
+            for key in ("pass_rate", "well_begun", "trivial_failures"):
+                cells.append(f"{last(lines, world, name, weight, key):.3f}")
+            rows.append([world, name, f"{weight:g}", *cells, collapse(lines, world, name, weight)])
+    return tables.table(rows)
 
 
 if __name__ == "__main__":

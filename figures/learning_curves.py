@@ -1,93 +1,79 @@
-"""Learning curves of GRPO, ECHO and its placebos from one weak base a seed (paper: figure 2, tables 1, 2).
+"""Headline: GRPO and ECHO from one weak base a seed, in three worlds, and controls of ECHO in one of them.
 
 python figures/learning_curves.py          redraws the pictures and prints the tables, from figures/data
 python figures/learning_curves.py --run    makes the runs that are missing
+
+What is compared was fixed before the runs, on seeds that no choice was made on: END, CONTRASTS. The controls
+have lambda 0.05. held_out_ce.py and gnu_curves.py draw two more pictures from the same runs.
 """
 
-import random
-from dataclasses import replace
 from math import isnan
 from statistics import fmean
 
 import common
+import gnu_curves
+import held_out_ce
 import matplotlib.pyplot as plt
+import recipe
 import stats
 import style
+import tables
 
 from echo_min import checkpoint
 from echo_min.checkpoint import load_policy
 from echo_min.config import Config
-from echo_min.evaluate import cross_entropy, expert_transcripts, observation_logprobs
-from echo_min.machine import on_this_machine
 from echo_min.report import pass_at_k
 from echo_min.rollout import Episode, Noise, sample_episodes
-from echo_min.sft import record, supervise
 
 EXPERIMENT = "learning_curves"
 SEEDS = 1, 2, 3, 4, 5
-SCENES = {  # name -> (world, turns, steps, lambda chosen on a development seed, title)
-    "hard": ("hard", 1, 150, 1.0, "hard tool, one call"),
-    "tool": ("tool", 1, 100, 1.0, "tool, one call"),
-    "tool3": ("tool", 3, 100, 1.0, "tool, three calls"),
-    "file": ("file", 3, 50, 1.0, "files, three calls"),
-}
-TUNED = {  # chosen on development seeds; else the defaults
-    "file": {"base_steps": 600, "learning_rate": 3e-4},
-}
-CONTROL_STEPS = 75  # of the placebos and of the lying terminal
-ARMS = {  # name -> (arm, control, lambda or None for the chosen one)
-    "grpo": ("grpo", "", 0.05),
-    "echo": ("echo", "", None),
-    "echo 0.05": ("echo", "", 0.05),
-    "placebo": ("echo", "placebo", None),
-    "placebo_words": ("echo", "placebo_words", None),
-    "placebo_outputs": ("echo", "placebo_outputs", None),
-    "lying": ("echo", "", None),  # at a tool whose usage lines show wrong words
-    "placebo_words 0.05": ("echo", "placebo_words", 0.05),
-    "placebo_outputs 0.05": ("echo", "placebo_outputs", 0.05),
-    "lying 0.05": ("echo", "", 0.05),
-    "floor": ("floor", "", 1.0),
+STEPS = 150
+WORLDS = {"hard": "hard tool, one call", "gnu": "gnu, one call", "file": "files, three calls"}
+ARMS = {  # name -> (arm, control, the world's dials, lambda; None: the tuned one)
+    "grpo": ("grpo", "", "", 0.05),
+    "echo 0.05": ("echo", "", "", 0.05),
+    "echo": ("echo", "", "", None),
+    "lying": ("echo", "", ",usage=lying", 0.05),
+    "code": ("echo", "", ",usage=code", 0.05),
+    "placebo_words": ("echo", "placebo_words", "", 0.05),
+    "elsewhere": ("echo", "elsewhere", "", 0.05),
 }
 LABELS = {
     "grpo": "GRPO",
-    "echo": "ECHO",
-    "echo 0.05": "ECHO, paper's lambda 0.05",
-    "placebo": "placebo: tokens in random order",
-    "placebo_words": "placebo: telling words exchanged",
-    "placebo_outputs": "placebo: outputs exchanged",
-    "lying": "ECHO, the terminal lies",
-    "placebo_words 0.05": "telling words exchanged, 0.05",
-    "placebo_outputs 0.05": "outputs exchanged, 0.05",
-    "lying 0.05": "the terminal lies, 0.05",
+    "echo 0.05": "ECHO, lambda 0.05",
+    "echo": "ECHO, lambda tuned",
+    "lying": "the usage line lies",
+    "code": "the usage line shows a useless code",
+    "placebo_words": "telling words exchanged",
+    "elsewhere": "usage lines of other verbs",
 }
-HEADLINE = "hard"  # the scene with every arm; the others have the main ones
-MAIN = "grpo", "echo", "echo 0.05"
+MAIN, CONTROLS = ("grpo", "echo 0.05", "echo"), ("lying", "code", "placebo_words", "elsewhere")
+END = "sampled pass rate on 200 held-out tasks, mean of the evaluations from step 25 to the last"
+CONTRASTS = [  # (world, arm, the arm taken from it), paired by seed; Holm's correction over all of them
+    *[(world, arm, "grpo") for world in WORLDS for arm in ("echo 0.05", "echo")],
+    *[("hard", "echo 0.05", control) for control in CONTROLS],
+]
+PASS_AT_8 = 100  # held-out tasks
+WINDOW = 5  # small evaluations whose mean counts as one point of the curve; only whole windows
 
 
 def jobs() -> common.Jobs:
     found = {}
-    for scene, (world, turns, steps, chosen, _) in SCENES.items():
-        for seed in SEEDS:
-            for name, (arm, control, weight) in ARMS.items():
-                if name not in MAIN and scene != HEADLINE:
-                    continue
-                tasks = f"world:{world}" + (",usage=lying" if name.startswith("lying") else "")
-                settings = {"tasks": tasks, "max_turns": turns, "seed": seed} | TUNED.get(world, {})
-                settings["steps"] = steps if name in (*MAIN, "floor") else CONTROL_STEPS
-                settings["env_weight"] = chosen if weight is None else weight
-                found[f"{scene}/{name}/{seed}"] = arm, control, Config(**common.SETTINGS, **settings)
-    return dict(sorted(found.items(), key=lambda job: job[1][-1].seed))
+    for seed in SEEDS:
+        for world in WORLDS:
+            for name in ARMS if world == "hard" else MAIN:
+                arm, control, dials, weight = ARMS[name]
+                weight = recipe.TUNED[world] if weight is None else weight
+                config = recipe.config(world, weight, seed, dials, steps=STEPS)
+                found[f"{world}/{name}/{seed}"] = arm, control, config
+    return found
 
 
 def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
-    config = replace(config, model=str(common.base(config, config.seed)))
-    if arm == "floor":
-        return [floor(key, config)]
-    lines = common.train_run(key, arm, control, config)
+    lines = common.train_run(key, arm, control, common.from_base(config))
     model, tokenizer = load_policy(checkpoint.latest(common.RUNS / key / arm)[1])
-    held_out = common.world_of(config).held_out[: config.eval_tasks]
-    key = Noise.PASS_AT_K, config.seed
-    lines[-1] |= pass_rates(sample_episodes(model, tokenizer, held_out, 8, config, key))
+    tasks, noise = common.world_of(config).held_out[:PASS_AT_8], (Noise.PASS_AT_K, config.seed)
+    lines[-1] |= pass_rates(sample_episodes(model, tokenizer, tasks, 8, config, noise))
     return lines
 
 
@@ -104,103 +90,112 @@ def pass_rates(episodes: list[Episode]) -> dict[str, float]:
     return rates
 
 
-def floor(key: str, config: Config) -> dict:
-    """How low supervision alone gets: the base, trained on the observations of expert episodes."""
-    config = on_this_machine(config)
-    world = common.world_of(config)
-    model, tokenizer = load_policy(config.model)
-    rng = random.Random("expert")
-    training = record(tokenizer, [(task, world.expert(task, rng)) for task in world.train], config)
-    supervise(model, training, replace(config, base_observation_weight=1.0), action_weight=0.0)
-    expert = expert_transcripts(tokenizer, world, config)
-    ce = cross_entropy(observation_logprobs(model, expert, config))
-    line = {"key": key, "config": common.digest(config), "arm": "floor", "seed": config.seed}
-    return line | {"observation_ce": ce}
+# ---- numbers ----
+
+
+def end(lines: list[dict]) -> dict[int, float]:
+    """seed -> END."""
+    return stats.by_seed([line for line in lines if line["step"] > 0], "pass_rate")
+
+
+def contrasts(lines: list[dict]) -> dict[tuple, tuple[list[float], float, float]]:
+    """contrast -> (differences, one a seed; p; p corrected)."""
+    differences = {}
+    for contrast in CONTRASTS:
+        world, arm, other = contrast
+        differences[contrast] = stats.paired(*(end(stats.of(lines, world, name)) for name in (other, arm)))
+    p = {contrast: stats.paired_p(values) for contrast, values in differences.items()}
+    corrected = stats.holm(p)
+    return {contrast: (differences[contrast], p[contrast], corrected[contrast]) for contrast in CONTRASTS}
+
+
+def verdict(differences: list[float], corrected: float) -> str:
+    if isnan(corrected):
+        return "no data"
+    if corrected >= 0.05:
+        return "open"
+    mean = fmean(differences)
+    return f"{'ahead' if mean > 0 else 'behind'} ({mean:+.2f})"
+
+
+def smooth(lines: list[dict]) -> dict[int, float]:
+    """step -> mean pass rate of the WINDOW small evaluations around it. lines: of one run."""
+    few = sorted((line["step"], line["pass_rate_few"]) for line in lines if "pass_rate_few" in line)
+    windows = [few[i : i + WINDOW] for i in range(len(few) - WINDOW + 1)]
+    return {window[WINDOW // 2][0]: fmean(rate for _, rate in window) for window in windows}
+
+
+def steps_to_best(lines: list[dict], grpo: list[dict]) -> dict[int, float]:
+    """seed -> (first step at which this arm is as good as GRPO ever is) / (GRPO's own first such step);
+    seeds that never are have no entry."""
+    ratios = {}
+    for seed in sorted({line["seed"] for line in lines}):
+        mine, own = (smooth(stats.pick(some, seed=seed)) for some in (lines, grpo))
+        if own and (step := min((s for s, rate in mine.items() if rate >= max(own.values())), default=None)):
+            ratios[seed] = step / max(1, min(s for s, rate in own.items() if rate == max(own.values())))
+    return ratios
 
 
 # ---- pictures and tables ----
 
 
-def of(lines: list[dict], scene: str, name: str) -> list[dict]:
-    return [line for line in lines if line["key"].startswith(f"{scene}/{name}/")]
+def draw(lines: list[dict]) -> dict[str, str]:
+    found = contrasts(lines)
+    said = []
+    for arm in ("echo 0.05", "echo"):
+        worlds = [f"{verdict(*found[w, arm, 'grpo'][::2])} in {w}" for w in WORLDS]
+        said.append(f"{LABELS[arm]}, against GRPO: {'; '.join(worlds)}")
+    fig, axes = plt.subplots(1, len(WORLDS), figsize=(13, 5), sharey=True)
+    for ax, world in zip(axes, WORLDS, strict=True):
+        panel(ax, lines, world, MAIN)
+        ax.set_title(f"{ax.get_title()}, tuned lambda {recipe.TUNED[world]:g}", fontsize=10)
+    axes[0].set_ylabel("pass rate, held-out tasks, sampled")
+    fig.suptitle("\n".join(said), fontsize=11)
+    style.legend(fig, axes, 0.07, ncols=3)
+    common.save(fig, EXPERIMENT)
+    fig, ax = plt.subplots(figsize=(8, 6))
+    panel(ax, lines, "hard", ("grpo", "echo 0.05", *CONTROLS))
+    ax.set_ylabel("pass rate, held-out tasks, sampled")
+    less = [LABELS[c] for c in CONTROLS if verdict(*found["hard", "echo 0.05", c][::2]).startswith("ahead")]
+    fig.suptitle(f"ECHO 0.05 is ahead of {len(less)} of its {len(CONTROLS)} controls", fontsize=11)
+    style.legend(fig, [ax], 0.14, ncols=2)
+    common.save(fig, "controls")
+    tables = {EXPERIMENT: table(lines), "contrasts": contrast_table(found)}
+    return tables | held_out_ce.draw(lines, ARMS, WORLDS, LABELS) | gnu_curves.draw(lines, MAIN, LABELS)
 
 
-def draw(lines: list[dict]) -> None:
-    scenes = [scene for scene in SCENES if of(lines, scene, "grpo")]
-    for key, name, label in (
-        ("pass_rate", EXPERIMENT, "pass rate, held-out tasks"),
-        ("pass_rate_greedy", f"{EXPERIMENT}_greedy", "greedy pass rate, held-out tasks"),
-    ):
-        fig, axes = plt.subplots(2, 2, figsize=(11, 9.6), sharey=True)
-        for ax, scene in zip(axes.flat, scenes, strict=False):
-            for arm in LABELS:
-                colour = style.COLOURS.get(arm) or style.COLOURS[arm.removesuffix(" 0.05")]
-                dashes = "-" if arm in MAIN else ":" if arm.endswith("0.05") else "--"
-                style.band(ax, of(lines, scene, arm), key, colour, LABELS[arm], ls=dashes)
-            seeds = len({line["seed"] for line in of(lines, scene, "grpo")})
-            title = f"{SCENES[scene][4]} ($\\lambda$ = {SCENES[scene][3]:g}, {seeds} seeds)"
-            style.axes(ax, xlabel="step", ylabel=label, ylim=(0, 1.02))
-            ax.set_title(title, fontsize=12)
-        handles = axes[0, 0].get_legend_handles_labels()
-        fig.legend(*handles, loc="lower center", ncols=3, frameon=False, fontsize=10)
-        fig.tight_layout(rect=(0, 0.1, 1, 1))
-        common.save(fig, name)
-    for scene in scenes:
-        table(lines, scene)
+def panel(ax, lines: list[dict], world: str, arms: tuple[str, ...]) -> None:
+    for name in arms:
+        style.curves(ax, stats.of(lines, world, name), "pass_rate", style.COLOURS[name], LABELS[name], top=1)
+    style.axes(ax, xlabel="step", ylim=(0, 1.02))
+    if here := stats.of(lines, world):
+        ax.set_title(f"{WORLDS[world]}, {style.seeds(here)}", fontsize=10)
 
 
-def area(lines: list[dict], key: str) -> dict[int, float]:
-    """Mean over the curve, every evaluation after step 0 up to CONTROL_STEPS: one number a seed."""
-    return stats.by_seed([line for line in lines if 0 < line["step"] <= CONTROL_STEPS], key)
+def table(lines: list[dict]) -> str:
+    rows = [("world", "arm", "step 75", f"step {STEPS}", "curve", "greedy, last", "pass@8, last",
+             "turns, last", "steps to GRPO's best / its own")]  # fmt: skip
+    for world in WORLDS:
+        for name in ARMS:
+            if not (mine := stats.of(lines, world, name)):
+                continue
+            last = max(line["step"] for line in mine)
+            cells = [stats.by_seed(mine, "pass_rate", step=75), stats.by_seed(mine, "pass_rate", step=last)]
+            cells += [end(mine), stats.by_seed(mine, "pass_rate_greedy", step=last)]
+            cells += [stats.by_seed(mine, key, step=last) for key in ("pass_at_8", "turns")]
+            texts = [stats.interval(list(cell.values())) for cell in cells]
+            ratios = steps_to_best(mine, stats.of(lines, world, "grpo"))
+            reached = f" ({len(ratios)} of {len({line['seed'] for line in mine})})"
+            rows.append([world, LABELS[name], *texts, stats.interval(list(ratios.values())) + reached])
+    return tables.table(rows)
 
 
-def peak_step(lines: list[dict], grpo: list[dict]) -> dict[int, float]:
-    """seed -> (first step at which this arm reaches GRPO's best pass rate) / (GRPO's own first such step)."""
-    ratios = {}
-    lines, grpo = ([x for x in some if "pass_rate" in x] for some in (lines, grpo))  # no small evaluations
-    for seed in {line["seed"] for line in lines} & {line["seed"] for line in grpo}:
-        own = stats.pick(grpo, seed=seed)
-        best = max(line["pass_rate"] for line in own)
-        first = [min((x["step"] for x in curve if x["pass_rate"] >= best), default=None)
-                 for curve in (stats.pick(lines, seed=seed), own)]  # fmt: skip
-        if first[0] is not None and first[1]:
-            ratios[seed] = first[0] / first[1]
-    return ratios
-
-
-def table(lines: list[dict], scene: str) -> None:
-    grpo = of(lines, scene, "grpo")
-    print(f"\n{SCENES[scene][4]}: mean ± 95 % interval over seeds\n")
-    print("| | step 25 | 50 | 75 | 100 | 150 | mean over the curve to 75 | minus GRPO, paired | greedy |"
-          " pass@8 | steps to GRPO's best / GRPO's | observation CE, last / base |")  # fmt: skip
-    print("|---" * 12 + "|")
-    for arm in LABELS:
-        mine = of(lines, scene, arm)
-        if not mine:
-            continue
-        cells = [list(stats.by_seed(mine, "pass_rate", step=s).values()) for s in (25, 50, 75, 100, 150)]
-        cells += [list(area(mine, "pass_rate").values())]
-        cells += [stats.paired(area(grpo, "pass_rate"), area(mine, "pass_rate"))]
-        cells += [list(area(mine, "pass_rate_greedy").values())]
-        cells += [list(stats.by_seed(mine, "pass_at_8").values())]
-        ratios = peak_step(mine, grpo)
-        cells += [list(ratios.values())]
-        steps = max(line["step"] for line in mine)
-        first, last = (stats.by_seed(mine, "observation_ce", step=s) for s in (0, steps))
-        cells += [[last[seed] / first[seed] for seed in last]]
-        reached = f" ({len(ratios)} of {len({x['seed'] for x in mine})})"
-        texts = [stats.interval(cell) for cell in cells]
-        texts[9] += reached
-        print(f"| {LABELS[arm]} | " + " | ".join(texts) + " |")
-    for echo in ("echo", "echo 0.05"):
-        for control in LABELS:
-            same_lambda = control.endswith("0.05") == echo.endswith("0.05")
-            pair = [area(of(lines, scene, arm), "pass_rate") for arm in (control, echo)]
-            if control not in MAIN and same_lambda and (differences := stats.paired(*pair)):
-                print(f"\n{LABELS[echo]} minus {LABELS[control]}, paired: {stats.interval(differences)}")
-    floors = [line["observation_ce"] for line in of(lines, scene, "floor")]
-    bases = [line["observation_ce"] for line in grpo if line["step"] == 0]
-    print(f"\nobservation CE: base {stats.interval(bases)}, supervised floor {stats.interval(floors)}")
+def contrast_table(found: dict) -> str:
+    rows = [("world", "contrast", "difference of the curves, paired", "p", f"p, Holm over {len(CONTRASTS)}")]
+    for (world, arm, other), (differences, p, corrected) in found.items():
+        name = f"{LABELS[arm]} – {LABELS[other]}"
+        rows.append([world, name, stats.interval(differences), stats.p_text(p), stats.p_text(corrected)])
+    return tables.table(rows)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ warnings; in world gnu what may stand at the word's place. A line holds `probe`,
 the policy had made; run folders are not kept, these lines are.
 """
 
+import random
 import re
 from dataclasses import replace
 from statistics import fmean
@@ -18,7 +19,7 @@ from echo_min import harness
 from echo_min.config import Config
 from echo_min.evaluate import expert_transcripts, observation_logprobs
 from echo_min.masking import Role, Segment, Transcript, encode
-from echo_min.rollout import Noise, StopReason, sample_episodes
+from echo_min.rollout import Episode, Noise, StopReason, sample_episodes
 from echo_min.tasks import World
 
 EVERY, FEW = 5, 50  # steps, held-out tasks
@@ -51,6 +52,7 @@ def probe(model, tokenizer, world: World, expert: list[Transcript], step: int, c
     found = {"pass_rate_few": fmean(episode.reward >= 1 for episode in graded)}
     found["turns"] = fmean(episode.turns for episode in graded)
     found["action_tokens"] = fmean(episode.transcript.count(Role.ACTION) for episode in graded)
+    found["well_begun"] = well_begun(graded, world)
     found["timeouts"] = fmean(episode.stop is StopReason.AGENT_TIMEOUT for episode in graded)
     if step % config.eval_every == 0:
         found |= ce_by_kind(model, tokenizer, expert, world.telling, config)
@@ -61,6 +63,13 @@ def probe(model, tokenizer, world: World, expert: list[Transcript], step: int, c
         if config.tasks.startswith("world:gnu"):
             found |= word_slots(model, tokenizer, world, config)
     return {name: round(float(value), 5) for name, value in found.items()}
+
+
+def well_begun(episodes: list[Episode], world: World) -> float:
+    """Share of episodes whose first command calls a program that the expert calls: what is left of form."""
+    scripts = [world.expert(task, random.Random(0)) for task in world.held_out[:FEW]]
+    programs = {command.split()[0] for script in scripts for command in script if command != harness.DONE}
+    return fmean(bool(programs & set(" ".join(e.commands[:1]).split()[:1])) for e in episodes)
 
 
 def runs_of(transcript: Transcript, role: Role) -> list[tuple[int, int]]:
@@ -134,7 +143,8 @@ def only_warnings(transcript: Transcript) -> Transcript:
 
 def word_slots(model, tokenizer, world: World, config: Config) -> dict[str, float]:
     """World gnu: exact probabilities of what follows a right call up to its word, means over the verbs.
-    Of the list's first word, its other words, the refused words, the goal."""
+    Of the list's first word, its other words, the refused words, the goal. And the pass rate of who knows the
+    lists alone."""
     tasks = {task.instruction.split()[2]: task for task in world.held_out}
     rows: list[tuple[str, Transcript]] = []
     names = "slot_first", "slot_others", "slot_refused", "slot_goal"
@@ -152,4 +162,4 @@ def word_slots(model, tokenizer, world: World, config: Config) -> dict[str, floa
     total = dict.fromkeys(names, 0.0)
     for (name, _), one in zip(rows, logprobs, strict=True):
         total[name] += torch.tensor(list(one.values())).sum().exp().item() / len(tasks)
-    return total
+    return total | {"ceiling": gnu_words.ceiling(world.held_out)}

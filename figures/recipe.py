@@ -9,11 +9,11 @@ best. Best is the mean pass rate over the curve. A cell that loses a policy (its
 of its own best) is out.
 """
 
-from dataclasses import replace
 from statistics import fmean
 
 import common
 import stats
+import tables
 
 from echo_min.config import Config
 
@@ -32,6 +32,19 @@ BEST_TWO: dict[tuple[str, str], list] = {  # of GRID, by world and arm: what the
     ("hard", "echo"): [(6e-4, 20), (6e-4, 0)],
 }
 BEST: dict[tuple[str, str], tuple] = {}  # rate, warm-up, groups, lambda: what the others said
+SHARED = {"learning_rate": 6e-4, "warmup_steps": 20, "tasks_per_step": 8, "group_size": 8}
+RECIPE = {  # of every experiment, both arms: for now what the first stage said; file takes the hard tool's
+    "hard": SHARED | {"max_turns": 1},
+    "gnu": SHARED | {"max_turns": 1} | WORLDS["gnu"],
+    "file": SHARED | {"max_turns": 3, "base_steps": 600},
+}
+TUNED = {"hard": 0.2, "gnu": 0.2, "file": 0.2}  # lambda of the arm "echo"; "echo 0.05" has the paper's
+
+
+def config(world: str, weight: float, seed: int, dials: str = "", **more) -> Config:
+    """Of an experiment's run. dials: the world's, as in `,usage=lying`."""
+    settings = common.SETTINGS | RECIPE[world] | {"env_weight": weight, "seed": seed} | more
+    return Config(tasks=f"world:{world}{dials}", **settings)
 
 
 def jobs() -> common.Jobs:
@@ -63,8 +76,7 @@ def jobs() -> common.Jobs:
 
 
 def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
-    config = replace(config, model=str(common.base(config, config.seed)))
-    return common.train_run(key, arm, control, config)
+    return common.train_run(key, arm, control, common.from_base(config))
 
 
 def cells(lines: list[dict]) -> dict[str, dict[int, list[dict]]]:
@@ -84,10 +96,9 @@ def lost(run: list[dict]) -> bool:
     return run[-1]["pass_rate"] < max(line["pass_rate"] for line in run) / 2
 
 
-def draw(lines: list[dict]) -> None:
-    print("| world | arm | learning rate | warm-up | groups | lambda | mean over the curve | last | lost |"
-          " steps clipped | steps without an advantage |")  # fmt: skip
-    print("|---" * 11 + "|")
+def draw(lines: list[dict]) -> dict[str, str]:
+    rows = [("world", "arm", "learning rate", "warm-up", "groups", "lambda", "mean over the curve", "last",
+             "lost", "steps clipped", "steps without an advantage")]  # fmt: skip
     ranked = sorted(cells(lines).items(), key=lambda cell: -fmean(map(curve, cell[1].values())))
     for key, runs in sorted(ranked, key=lambda cell: (cell[0].split("/")[:2], len(cell[1]))):
         world, arm, rate, warmup, groups, weight = key.split("/")
@@ -97,7 +108,8 @@ def draw(lines: list[dict]) -> None:
         texts += [f"{sum(map(lost, runs.values()))} of {len(runs)}"]
         for name in ("clipped", "no_advantage"):
             texts += [f"{fmean(line[name] for run in runs.values() for line in run if name in line):.2f}"]
-        print(f"| {' | '.join(texts)} |")
+        rows.append(texts)
+    return {EXPERIMENT: tables.table(rows)}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,19 @@
 """Numbers over seeds: lines of figures/data picked, averaged, compared."""
 
+import random
 from math import atan2, cos, isnan, nan, pi, sin
-from statistics import fmean, stdev
+from statistics import correlation, fmean, stdev
 
 from echo_min.report import student
 
 
 def pick(lines: list[dict], **wanted) -> list[dict]:
     return [line for line in lines if all(line.get(k) == v for k, v in wanted.items())]
+
+
+def of(lines: list[dict], *parts: str) -> list[dict]:
+    """The lines whose key begins with these parts."""
+    return [line for line in lines if line["key"].startswith("/".join(parts) + "/")]
 
 
 def by_seed(lines: list[dict], key: str, **wanted) -> dict[int, float]:
@@ -30,6 +36,10 @@ def interval(values: list[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:.3f} (one seed)" if values else "–"
     return "{:.3f} ± {:.3f}".format(*mean_interval(values))
+
+
+def p_text(p: float) -> str:
+    return "–" if isnan(p) else "< .001" if p < 0.001 else f"{p:.3f}"
 
 
 def paired(a: dict[int, float], b: dict[int, float]) -> list[float]:
@@ -73,3 +83,25 @@ def holm(p: dict[str, float]) -> dict[str, float]:
         largest = max(largest, min(1.0, (len(p) - i) * p[name]))
         corrected[name] = largest
     return corrected
+
+
+def ranks(values: list[float]) -> list[float]:
+    """1 for the smallest; equal values share the mean of their ranks."""
+    return [sum(v < x for v in values) + (sum(v == x for v in values) + 1) / 2 for x in values]
+
+
+def spearman(pairs: list[tuple[float, float]]) -> float:
+    """Rank correlation; nan where one side does not vary."""
+    x, y = (ranks(list(side)) for side in zip(*pairs, strict=True))
+    return correlation(x, y) if len(set(x)) > 1 < len(set(y)) else nan
+
+
+def rank_text(pairs: list[tuple[float, float]], draws: int = 2000) -> str:
+    """Spearman's correlation [95 % interval of a bootstrap over the pairs]; needs three, which vary."""
+    if len(pairs) < 3 or isnan(spearman(pairs)):
+        return "–"
+    rng = random.Random(1)
+    found = (spearman(rng.choices(pairs, k=len(pairs))) for _ in range(draws))
+    drawn = sorted(value for value in found if not isnan(value))
+    low, high = (drawn[int(share * len(drawn))] for share in (0.025, 0.975))
+    return f"{spearman(pairs):.2f} [{low:.2f}, {high:.2f}]"

@@ -1,19 +1,23 @@
-"""Training on without a verifier: no reward, observation CE alone, on verbs never trained (paper: figure 5,
-table 4).
+"""Training on without a verifier: no reward, observation CE alone.
 
 python figures/verifier_free.py          redraws the picture and prints the table, from figures/data
 python figures/verifier_free.py --run    makes the runs that are missing
+
+In the hard tool on verbs that were never trained, from the last checkpoints of learning_curves.py (which are
+made if they are not there); in gnu from the base, where the lists alone have a ceiling.
 """
 
 from dataclasses import replace
+from statistics import fmean
 
 import common
 import learning_curves
 import matplotlib.pyplot as plt
+import recipe
 import stats
 import style
+import tables
 
-import train
 from echo_min import checkpoint
 from echo_min.checkpoint import load_policy
 from echo_min.config import Config
@@ -22,94 +26,103 @@ from echo_min.rollout import Noise, sample_episodes
 from echo_min.worlds.registry import load_world
 
 EXPERIMENT = "verifier_free"
-SEEDS = learning_curves.SEEDS
-SCENE = "tool"  # whose checkpoints it starts from
+SEEDS = 1, 2, 3
 STEPS = 60
+SETTINGS = {"steps": STEPS, "eval_every": 10, "policy_weight": 0.0}
+SETTINGS |= {"learning_rate": 2e-4, "warmup_steps": 0}  # of a development seed; at 6e-4 gains were lost again
 FAMILIES = {
-    "linked": "output follows from the command",
-    "ambient": "output does not follow from the command",
+    "linked": "hard tool, output follows from the command",
+    "ambient": "hard tool, output does not follow",
+    "gnu": "gnu, from the base",
 }
-ARMS = {  # name -> (start, control, settings, colour, label)
-    "echo": ("echo", "", {}, style.COLOURS["echo"], "from ECHO"),
-    "parsed": ("echo", "", {"parsed_only": True}, "#e8a0a8", "from ECHO, parsed ones only (one seed)"),
-    "grpo": ("grpo", "", {}, style.COLOURS["grpo"], "from GRPO"),
-    "placebo": ("echo", "placebo_words", {}, style.COLOURS["placebo"], "from ECHO, telling words exchanged"),
+ARMS = {  # name -> (families, control, label); its start is the arm of that name, or for the words ECHO
+    "echo": (("linked", "ambient"), "", "from ECHO"),
+    "grpo": (("linked", "ambient"), "", "from GRPO"),
+    "base": (("gnu",), "", "from the base"),
+    "placebo_words": (("linked", "gnu"), "placebo_words", "telling words exchanged"),
 }
 
 
 def jobs() -> common.Jobs:
     found = {}
     for seed in SEEDS:
-        for family in FAMILIES:
-            for name, (_, control, settings, *_) in ARMS.items():
-                if control and family == "ambient":
-                    continue  # its outputs hold no telling word
-                if name == "parsed" and seed != SEEDS[0]:
-                    continue  # in one call a reply that is not parsed has no output: the filter never acts
-                settings = settings | {"tasks": f"world:{SCENE},family={family}", "max_turns": 1}
-                settings |= {"seed": seed, "steps": STEPS, "eval_every": 10}
-                settings |= {"policy_weight": 0.0, "env_weight": 1.0}
-                settings |= {"learning_rate": 2e-4}  # chosen on a development seed; with 6e-4 it drifts away
-                found[f"{family}/{name}/{seed}"] = "echo", control, Config(**common.SETTINGS, **settings)
+        for name, (families, control, _) in ARMS.items():
+            for family in families:
+                world, dials = ("gnu", "") if family == "gnu" else ("hard", f",family={family}")
+                config = recipe.config(world, 1.0, seed, dials, **SETTINGS)
+                found[f"{family}/{name}/{seed}"] = "echo", control, config
     return found
 
 
 def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
-    _, name, seed = key.split("/")
-    config = replace(config, model=str(start(ARMS[name][0], int(seed))))
+    family, name, _ = key.split("/")
+    if family == "gnu":
+        return common.train_run(key, arm, control, common.from_base(config))
+    first = start("grpo" if name == "grpo" else "echo", config.seed)
+    config = replace(config, model=str(first))
     lines = common.train_run(key, arm, control, config)
     _, last = checkpoint.latest(common.RUNS / key / arm)
-    for line, path in ((lines[0], start(ARMS[name][0], int(seed))), (lines[-1], last)):
+    world = load_world("hard", config.seed)
+    for line, path in ((lines[0], first), (lines[-1], last)):
         model, tokenizer = load_policy(path)
-        trained = load_world(SCENE, config.seed).held_out[: config.eval_tasks]
-        episodes = sample_episodes(model, tokenizer, trained, 1, config, (Noise.PASS_AT_K, config.seed))
-        rewards = graded(episodes)
+        tasks, noise = world.held_out[: config.eval_tasks], (Noise.PASS_AT_K, config.seed)
+        rewards = graded(sample_episodes(model, tokenizer, tasks, 1, config, noise))
         line["pass_rate_trained"] = sum(reward >= 1 for reward in rewards) / len(rewards)
     return lines
 
 
 def start(arm: str, seed: int):
     """The last checkpoint of a run of learning_curves.py, which is made if it is not there."""
-    key = f"{SCENE}/{arm}/{seed}"
-    folder = common.RUNS / key / arm
-    arm, _, config = learning_curves.jobs()[key]
-    if common.Path("runs/quick") in common.RUNS.parents:
-        config = common.tiny(config)
-    if not (found := checkpoint.latest(folder)) or found[0] < config.steps:
-        config = replace(config, model=str(common.base(config, seed)), arms=arm, name=key.replace("/", "-"))
-        train.main(config, common.RUNS / key)
-    return checkpoint.latest(folder)[1]
+    key = f"hard/{arm}/{seed}"
+    arm, control, config = common.as_asked(learning_curves.jobs(), key)[key]
+    return checkpoint.latest(common.trained(key, arm, control, common.from_base(config)) / arm)[1]
 
 
-def draw(lines: list[dict]) -> None:
-    fig, axes = plt.subplots(1, len(FAMILIES), figsize=(9, 3.9), sharey=True)
+# ---- picture and table ----
+
+
+def change(lines: list[dict], key: str = "pass_rate") -> list[float]:
+    """After the last step minus before the first, a number a seed."""
+    last = max((line["step"] for line in lines), default=0)
+    return stats.paired(*(stats.by_seed(lines, key, step=step) for step in (0, last)))
+
+
+def draw(lines: list[dict]) -> dict[str, str]:
+    fig, axes = plt.subplots(1, len(FAMILIES), figsize=(13, 5.2), sharey=True)
+    said = []
     for ax, (family, title) in zip(axes, FAMILIES.items(), strict=True):
-        for name, (*_, colour, label) in ARMS.items():
-            mine = [line for line in lines if line["key"].startswith(f"{family}/{name}/")]
-            style.band(ax, mine, "pass_rate", colour, label, ls="--" if name == "placebo" else "-")
-        style.axes(ax, xlabel="step without a reward", ylabel="pass rate, held-out tasks", ylim=(0, 1.02))
-        ax.set_title(f"{family}: {title}", fontsize=10)
-    handles = axes[0].get_legend_handles_labels()
-    fig.legend(*handles, loc="lower center", ncols=2, frameon=False, fontsize=9)
-    fig.tight_layout(rect=(0, 0.13, 1, 1))
+        for name, (_, _, label) in ARMS.items():
+            mine = stats.of(lines, family, name)
+            style.curves(ax, mine, "pass_rate", style.COLOURS[name], label, top=1)
+            trained = f"{label}: the verbs trained before"
+            style.curves(ax, mine, "pass_rate_trained", style.COLOURS[name], trained, top=1, ls="--")
+            if mine and name in ("echo", "base"):
+                said.append(f"{family} {label}: {stats.interval(change(mine))}")
+        if ceilings := [line["ceiling"] for line in stats.of(lines, family) if "ceiling" in line]:
+            ax.axhline(fmean(ceilings), color="black", ls=":", label="who knows the lists alone")
+        style.axes(ax, xlabel="step without a reward", ylim=(0, 1.02))
+        ax.set_title(title, fontsize=10)
+    axes[0].set_ylabel("pass rate, held-out tasks, sampled")
+    seeds = style.seeds(lines)
+    fig.suptitle(f"{STEPS} steps without a reward, {seeds}; change in {'; '.join(said)}", fontsize=11)
+    style.legend(fig, axes, 0.17, ncols=3)
     common.save(fig, EXPERIMENT)
-    table(lines)
+    return {EXPERIMENT: table(lines)}
 
 
-def table(lines: list[dict]) -> None:
-    print("| verbs | | before | step 20 | last | change at 20 | at the end | trained verbs: before | last |")
-    print("|---" * 9 + "|")
+def table(lines: list[dict]) -> str:
+    rows = [("verbs", "", "before", "after 20 steps", "last", "change, paired",
+             "verbs trained before: change, paired", "ceiling by the lists")]  # fmt: skip
     for family in FAMILIES:
-        for name, (*_, label) in ARMS.items():
-            mine = [line for line in lines if line["key"].startswith(f"{family}/{name}/")]
-            if not mine:
+        for name, (_, _, label) in ARMS.items():
+            if not (mine := stats.of(lines, family, name)):
                 continue
-            first, early, last = (stats.by_seed(mine, "pass_rate", step=step) for step in (0, 20, STEPS))
-            cells = [list(rates.values()) for rates in (first, early, last)]
-            cells += [stats.paired(first, early), stats.paired(first, last)]
-            for step in (0, STEPS):
-                cells.append(list(stats.by_seed(mine, "pass_rate_trained", step=step).values()))
-            print(f"| {family} | {label} | " + " | ".join(map(stats.interval, cells)) + " |")
+            last = max(line["step"] for line in mine)
+            cells = [list(stats.by_seed(mine, "pass_rate", step=step).values()) for step in (0, 20, last)]
+            cells += [change(mine), change(mine, "pass_rate_trained")]
+            cells += [list(stats.by_seed(mine, "ceiling", step=last).values())]
+            rows.append([family, label, *map(stats.interval, cells)])
+    return tables.table(rows)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from echo_min import harness
 from echo_min.config import Config
 from echo_min.evaluate import expert_transcripts
 from echo_min.masking import Role, Transcript, encode
+from echo_min.rollout import Episode
 from echo_min.tiny import tiny_model, tiny_tokenizer
 from echo_min.worlds.registry import load_tasks
 
@@ -127,12 +128,21 @@ def test_word_slots_are_exact_probabilities(gnu):
     assert 0 < found["slot_goal"] < found["slot_first"] + found["slot_others"] < 1
 
 
+def test_well_begun_is_the_share_whose_first_command_calls_a_program_of_the_experts():
+    world = load_tasks("world:file", False, 1)
+    typed = ["grep -l navy *"], ["rm acorn", "what"], ["what", "rm acorn"], ["grepx"], [], [" cp a b"]
+    episodes = [Episode(world.train[0], 0, commands=commands) for commands in typed]
+    assert probes.well_begun(episodes, world) == pytest.approx(3 / 6)
+    assert probes.well_begun([Episode(world.train[0], 0, commands=["done"])], world) == 0
+
+
 def test_a_probe_of_a_real_policy_holds_every_number(gnu):
     model, tokenizer, world, config = gnu
     expert = expert_transcripts(tokenizer, world, config)
     full = probes.probe(model, tokenizer, world, expert, 5, config)
     small = probes.probe(model, tokenizer, world, expert, 4, config)
-    assert set(small) == {"pass_rate_few", "turns", "action_tokens", "timeouts"}
-    slots = {"slot_first", "slot_others", "slot_refused", "slot_goal"}
+    assert set(small) == {"pass_rate_few", "turns", "action_tokens", "well_begun", "timeouts"}
+    slots = {"slot_first", "slot_others", "slot_refused", "slot_goal", "ceiling"}
+    assert full["ceiling"] == pytest.approx(gnu_words.ceiling(world.held_out), abs=1e-5)
     ces = {"ce_echoed", "ce_telling", "ce_template"}
     assert set(full) - {"ce_warnings"} == set(small) | slots | ces | {"log_ratio", "log_ratio_telling"}

@@ -1,0 +1,285 @@
+"""The numbers that figure scripts make of their lines: each from lines whose answer is known."""
+
+import copy
+import sys
+from dataclasses import replace
+from math import isnan, log, nan
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "figures"))
+
+import common  # noqa: E402
+import doses  # noqa: E402
+import gnu_curves  # noqa: E402
+import held_out_ce  # noqa: E402
+import lambda_sweep  # noqa: E402
+import learning_curves  # noqa: E402
+import linkage  # noqa: E402
+import recipe  # noqa: E402
+import stats  # noqa: E402
+import tables  # noqa: E402
+import verifier_free  # noqa: E402
+
+import train  # noqa: E402
+from echo_min.batch import make_batch  # noqa: E402
+from echo_min.config import Config  # noqa: E402
+from echo_min.evaluate import expert_transcripts  # noqa: E402
+from echo_min.masking import Role, Transcript, encode  # noqa: E402
+from echo_min.optimizer import make_optimizer  # noqa: E402
+from echo_min.rollout import Episode, StopReason  # noqa: E402
+from echo_min.tasks import Task  # noqa: E402
+from echo_min.tiny import tiny_tokenizer  # noqa: E402
+from echo_min.worlds.registry import load_world  # noqa: E402
+from echo_min.worlds.tool import FILES  # noqa: E402
+
+
+def run(name, *steps, **numbers):
+    """Lines of a run: `numbers` are lists, one value for each of the steps."""
+    key, seed = name.rpartition("/")[0], int(name.rpartition("/")[2])
+    values = zip(*numbers.values(), strict=True)
+    return [
+        {"key": f"{key}/{seed}", "seed": seed, "step": step} | dict(zip(numbers, row, strict=True))
+        for step, row in zip(steps, values, strict=True)
+    ]
+
+
+# ---- learning_curves ----
+
+
+def test_the_endpoint_is_the_mean_of_full_evaluations_after_step_0():
+    lines = run("hard/grpo/3", 0, 25, 50, pass_rate=[0.9, 0.2, 0.4]) + run(
+        "hard/grpo/3", 30, pass_rate_few=[1.0]
+    )
+    assert learning_curves.end(lines) == {3: pytest.approx(0.3)}
+
+
+def test_contrasts_are_paired_and_corrected_for_all_that_were_planned():
+    lines = []
+    for seed, grpo, low, tuned in ((1, 0.1, 0.2, 0.5), (2, 0.2, 0.2, 0.7), (3, 0.1, 0.4, 0.4)):
+        for name, rate in (("grpo", grpo), ("echo 0.05", low), ("echo", tuned)):
+            lines += run(f"hard/{name}/{seed}", 25, pass_rate=[rate])
+    found = learning_curves.contrasts(lines)
+    assert list(found) == learning_curves.CONTRASTS and len(found) == 10
+    differences, p, corrected = found["hard", "echo", "grpo"]
+    assert differences == pytest.approx([0.4, 0.5, 0.3])
+    assert p == stats.paired_p(differences) and corrected == pytest.approx(10 * p)
+    differences, p, corrected = found["hard", "echo 0.05", "grpo"]
+    assert differences == pytest.approx([0.1, 0.0, 0.3]) and corrected == pytest.approx(min(1, 9 * p))
+    assert all(isnan(found[contrast][2]) for contrast in found if contrast[0] != "hard")
+    assert learning_curves.verdict([], nan) == "no data"
+    assert learning_curves.verdict([0.3, 0.1], 0.049) == "ahead (+0.20)"
+    assert learning_curves.verdict([-0.3, -0.1], 0.049) == "behind (-0.20)"
+    assert learning_curves.verdict([0.3, 0.1], 0.05) == "open"
+
+
+def test_steps_to_best_are_of_whole_windows_and_over_grpos_own():
+    steps = range(0, 50, 5)
+    own = run("hard/grpo/1", *steps, pass_rate_few=[0, 0, 0, 0, 0, 0.1, 0.2, 0.3, 0.4, 0.9])
+    assert learning_curves.smooth(own) == pytest.approx(
+        {10: 0, 15: 0.02, 20: 0.06, 25: 0.12, 30: 0.2, 35: 0.38}
+    )
+    soon = run("hard/echo/1", *steps, pass_rate_few=[0.38] * 10)
+    never = run("hard/echo/2", *steps, pass_rate_few=[0.3] * 10)
+    other = run("hard/grpo/2", *steps, pass_rate_few=[0, 0, 0, 0, 0, 0.1, 0.2, 0.3, 0.4, 0.9])
+    assert learning_curves.steps_to_best(soon + never, own + other) == {1: pytest.approx(10 / 35)}
+    assert learning_curves.steps_to_best(own, own) == {1: 1.0}
+    assert learning_curves.steps_to_best(soon, []) == {}
+
+
+def test_every_experiment_has_the_recipe_of_its_world():
+    for script in (learning_curves, lambda_sweep, doses):
+        for _, _, config in script.jobs().values():
+            world = config.tasks.removeprefix("world:").split(",")[0]
+            assert {name: getattr(config, name) for name in recipe.RECIPE[world]} == recipe.RECIPE[world]
+    jobs = learning_curves.jobs()
+    assert jobs["gnu/echo/2"][2].env_weight == recipe.TUNED["gnu"]
+    assert {jobs[f"hard/{c}/1"][2].env_weight for c in ("echo 0.05", *learning_curves.CONTROLS)} == {0.05}
+    assert len(jobs) == 5 * (7 + 3 + 3)
+
+
+# ---- held_out_ce, gnu_curves ----
+
+
+def test_ce_changes_between_the_base_and_the_last_step():
+    lines = run("hard/grpo/1", 0, 75, 150, ce_telling=[2.0, 0.1, 1.5])
+    lines += run("hard/grpo/2", 0, 75, 150, ce_telling=[2.2, 0.1, 1.9])
+    first, last, differences = held_out_ce.change(lines, "telling")
+    assert (first, last) == ([2.0, 2.2], [1.5, 1.9]) and differences == pytest.approx([-0.5, -0.3])
+    assert held_out_ce.verdict([-0.5, -0.49, -0.51]) == "falls by 0.50"
+    assert held_out_ce.verdict([0.5, 0.49, 0.51]) == "rises by 0.50"
+    assert held_out_ce.verdict([-0.5, -0.3]) == "open" and held_out_ce.verdict([1.0]) == "no data"
+
+
+def test_the_floor_in_files_is_a_guess_among_all_names():
+    """One telling token an output, each name as likely as any."""
+    world = load_world("file", 1)
+    tokenizer = tiny_tokenizer([text for t in world.train for text in (t.solution, "\n".join(t.files))])
+    config = Config(tasks="world:file", eval_tasks=12)
+    names = []
+    for transcript in expert_transcripts(tokenizer, world, config):
+        of = held_out_ce.probes.kinds(tokenizer, transcript, world.telling)
+        told = [position for position, kind in of.items() if kind == "telling"]
+        assert len(told) == 1
+        names.append(tokenizer.decode(transcript.ids[told[0]]).strip())
+    assert set(names) <= set(FILES) and len(set(names)) > 6
+    assert {("file", "telling"): pytest.approx(log(20))} == held_out_ce.FLOOR
+
+
+def test_gnu_says_what_is_valid_and_what_is_right_given_that():
+    line = {"slot_first": 0.1, "slot_others": 0.3, "slot_refused": 0.5, "slot_goal": 0.1}
+    found = gnu_curves.exact(line)
+    assert (found["p_valid"], found["p_right"]) == (pytest.approx(0.4), pytest.approx(0.25))
+    assert gnu_curves.exact(dict.fromkeys(line, 0.0))["p_right"] == 0.0
+
+
+@pytest.mark.parametrize("valid, right, said", [
+    ([0.2, 0.21, 0.19], [0.01, 0.02, 0.0], ("higher", "alike")),
+    ([-0.2, -0.21, -0.19], [0.2, 0.21, 0.19], ("lower", "undecided")),
+    ([0.2, -0.2, 0.1], [0.09, 0.08, 0.02], ("open", "undecided")),
+    ([], [], ("open", "undecided")),
+])  # fmt: skip
+def test_the_predictions_of_gnu_are_judged_by_intervals(valid, right, said):
+    lines = []
+    for seed, (more_valid, more_right) in enumerate(zip(valid, right, strict=True)):
+        for name, v, r in (("grpo", 0.3, 0.4), ("echo", 0.3 + more_valid, 0.4 + more_right)):
+            lines += run(f"gnu/{name}/{seed}", 0, 25, 50, p_valid=[9, v, v], p_right=[9, r, r])
+    _, of_valid, _, of_right = gnu_curves.verdicts(lines, "echo")
+    assert (of_valid, of_right) == said
+
+
+# ---- lambda_sweep, doses, verifier_free ----
+
+
+def swept(weight, last, well_begun=0.9, foreseen=0.0):
+    numbers = {"pass_rate": [0.9, 0.4, last], "well_begun": [1.0, 1.0, well_begun]}
+    numbers |= {"trivial_failures": [0.0, 0.0, foreseen]}
+    return run(f"hard/moderate/{weight:g}/11", 0, 50, 75, **numbers)
+
+
+def test_a_collapse_is_said_and_how():
+    lines = swept(0.0, 0.4) + swept(1.0, 0.21) + swept(5.0, 0.1, 0.1) + swept(20.0, 0.0, 0.4, 0.6)
+    lines += swept(0.01, 0.1)
+    found = {w: lambda_sweep.collapse(lines, "hard", "moderate", w) for w in (0.0, 1.0, 5.0, 20.0, 0.01, 0.2)}
+    assert found == {0.0: "", 1.0: "", 5.0: "words destroyed", 20.0: "predictable commands preferred",
+                     0.01: "otherwise", 0.2: ""}  # fmt: skip
+    assert lambda_sweep.curve(lines, "hard", "moderate", 1.0, "pass_rate") == {11: pytest.approx(0.305)}
+    assert "hard, base with moderate observation CE: best 0, collapse at 0.01" in lambda_sweep.headline(lines)
+
+
+def test_grpo_is_the_same_at_every_dose_that_only_outputs_have():
+    """Linked and tells change what a tool prints, which one call never reads, and no task."""
+    plain, fresh = load_world("hard", 11), load_world("hard,persist=0.5", 11)
+    for dial in ("linked=0.5", "tells=4"):
+        other = load_world(f"hard,{dial}", 11)
+        for mine, its in ((plain.train, other.train), (plain.held_out, other.held_out)):
+            for a, b in zip(mine, its, strict=True):
+                assert replace(a, tools={}) == replace(b, tools={})
+        assert [t.tools for t in plain.train] != [t.tools for t in other.train]
+    assert [t.verify for t in plain.train] != [t.verify for t in fresh.train]
+    jobs = doses.jobs()
+    assert {key.split("/")[0] for key in jobs if "/grpo/" in key} == {
+        "plain", "persist=0.25", "persist=0.5", "persist=0.75"}  # fmt: skip
+    assert all(config.max_turns == 1 for *_, config in jobs.values()) and len(jobs) == 3 * (4 + 2 * 11)
+
+
+def test_a_gain_at_a_dose_is_over_the_grpo_of_that_world():
+    lines = []
+    for seed in (11, 12):
+        lines += run(f"plain/grpo/{seed}", 25, pass_rate=[0.3]) + run(
+            f"persist=0.5/grpo/{seed}", 25, pass_rate=[0.1]
+        )
+        for where, rate in (("plain", 0.6), ("linked=0.5", 0.2), ("persist=0.5", 0.1 + 0.01 * seed)):
+            lines += run(f"{where}/echo/{seed}", 25, pass_rate=[rate + 0.001 * seed])
+    assert doses.gain(lines, "linked", 0.5, "echo") == pytest.approx([-0.089, -0.088])
+    assert doses.gain(lines, "persist", 0.5, "echo") == pytest.approx([0.121, 0.132])
+    assert doses.boundary(lines, "linked", "echo") == "linked: ahead at 1 and behind at 0.5"
+    assert doses.boundary(lines, "tells", "echo") == "tells: ahead at 1"
+    assert doses.boundary([], "tells", "echo") == "tells: open everywhere"
+
+
+def test_verifier_free_changes_are_from_the_first_to_the_last_step():
+    lines = run("linked/echo/1", 0, 20, 60, pass_rate=[0.1, 0.9, 0.4])
+    assert verifier_free.change(lines) == pytest.approx([0.3]) and verifier_free.change([]) == []
+
+
+# ---- linkage ----
+
+
+def episode(tokenizer, call, says, reward, group):
+    t = Transcript()
+    t.append(Role.PROMPT, encode(tokenizer, Role.PROMPT, "align acorn"))
+    ids = encode(tokenizer, Role.ACTION, call)
+    t.append(Role.ACTION, ids, [-1.0] * len(ids))
+    t.append(Role.OBSERVATION, encode(tokenizer, Role.OBSERVATION, says))
+    return Episode(Task("t", "align acorn", "", ""), group, t, reward=reward, stop=StopReason.MAX_TURNS)
+
+
+def test_what_is_cut_out_is_gone_and_outputs_stay(tokenizer):
+    whole = episode(tokenizer, "tk align -k acorn", "ok acorn", 1.0, 0)
+    for roles in linkage.CUT.values():
+        cut = linkage.without(whole, roles).transcript
+        kept = [role for role in whole.transcript.roles if role not in roles]
+        assert cut.roles == kept and len(cut.ids) == len(cut.logprobs) == len(kept)
+        said = [i for i, role in zip(cut.ids, cut.roles, strict=True) if role == Role.OBSERVATION]
+        assert tokenizer.decode(said) == "ok acorn"
+    assert whole.transcript.count(Role.ACTION) > 0
+
+
+def test_alignment_is_the_cosine_over_batches_with_rewards(tokenizer, model):
+    config, initial = Config(device="cpu"), copy.deepcopy(model)
+    mixed = [episode(tokenizer, "tk align -k acorn", "ok acorn", 1.0, 0),
+             episode(tokenizer, "ls", "usage: tk align -k FILE", 0.0, 0)]  # fmt: skip
+    failed = [episode(tokenizer, "done", "ls: cannot access", 0.0, 0)] * 2
+    batch, gradients = make_batch(mixed, config), []
+    for which in (0, 1):
+        loss = linkage.loss(model, batch, config)[which]
+        parts = torch.autograd.grad(loss, list(model.parameters()))
+        gradients.append(torch.cat([part.flatten() for part in parts]))
+    expected = torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
+    assert linkage.alignment(model, [mixed, failed], config) == pytest.approx(expected, abs=1e-4)
+    assert abs(expected) > 1e-3 and isnan(linkage.alignment(model, [failed], config))
+    trained = train.update(model, make_optimizer(model, config), batch, "echo", 0, config)
+    losses = [loss.item() for loss in linkage.loss(initial, batch, config)]
+    assert losses == pytest.approx([trained["policy_loss"], trained["env_loss"]], rel=1e-4)
+
+
+def test_scores_are_means_and_two_of_them_predict(tmp_path):
+    lines = [{"key": "lying/1", "seed": 1, "step": 0, "linkage": 0.4, "by_command": 0.1, "observed": 0.0}]
+    lines.append(lines[0] | {"key": "lying/2", "seed": 2, "linkage": 0.2, "alignment": 0.3})
+    (own,) = linkage.means(lines).values()
+    assert own == pytest.approx({"linkage": 0.3, "by_command": 0.1, "alignment": 0.3, "observed": 0.0})
+    assert linkage.predicted(0.3, 0.1) and not linkage.predicted(0.3, -0.1) | linkage.predicted(0.05, 0.1)
+    assert not linkage.predicted(0.3, nan) and len(linkage.DOSES) + len(linkage.OTHERS) == 15
+
+
+# ---- tables, quick ----
+
+
+def test_a_page_holds_the_tables_of_the_data(tmp_path):
+    page, table = tmp_path / "page.md", tables.table([("a", "b"), ["1", "2"]])
+    assert table == "| a | b |\n|---|---|\n| 1 | 2 |\n"
+    page.write_text("before\n<!-- one -->\n<!-- end -->\nbetween\n<!-- two -->\nx\n<!-- end -->\nafter\n")
+    with pytest.raises(SystemExit, match="other numbers"):
+        tables.in_page(page, {"one": table}, write=False)
+    tables.in_page(page, {"one": table}, write=True)
+    between = "between\n<!-- two -->\nx\n<!-- end -->\nafter\n"
+    assert page.read_text() == f"before\n<!-- one -->\n{table}<!-- end -->\n{between}"
+    tables.in_page(page, {"one": table}, write=False)
+    with pytest.raises(SystemExit, match="<!-- three -->"):
+        tables.in_page(page, {"three": table}, write=True)
+
+
+def test_quick_is_a_dozen_tiny_jobs_of_one_seed_under_runs_quick(monkeypatch):
+    jobs = doses.jobs()
+    assert common.as_asked(jobs) is jobs
+    for name in ("DATA", "PNG", "RUNS"):
+        monkeypatch.setattr(common, name, getattr(common, name))
+    common.go_quick()
+    some = common.as_asked(jobs, "plain/echo/12")
+    assert len(some) <= 13 and {config.seed for *_, config in some.values()} == {11, 12}
+    assert all(config.steps == 4 for *_, config in some.values())
+    assert str(common.DATA).startswith("runs/quick")

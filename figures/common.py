@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import fmean
@@ -76,23 +77,25 @@ def world_of(config: Config) -> World:
     return load_tasks(config.tasks, config.allow_network, config.seed)
 
 
-def base(config: Config, seed: int) -> Path:
-    """The base policy of a world (and turns, strength, seed), made if it is not there yet."""
-    world = config.tasks.removeprefix("world:").split(",")[0]  # one for all dials
-    strength = f"{config.base_observation_weight:g}"
-    path = RUNS / "bases" / f"{world}-{config.max_turns}-{strength}-{config.base_steps}-{seed}"
+@contextmanager
+def alone(path: Path):
+    """While one process makes what shall lie there, others that need it wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f"{path.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            config = on_this_machine(replace(config, seed=seed, tasks=f"world:{world}"))
-            make_base(config, world_of(config), path)
-    return path
+        yield
 
 
 def from_base(config: Config) -> Config:
-    """The same run, from the base policy of its world and seed."""
-    return replace(config, model=str(base(config, config.seed)))
+    """The run, from the base policy of its world, turns, strength and seed, made if it is not there yet."""
+    world = config.tasks.removeprefix("world:").split(",")[0]  # one for all dials
+    strength = f"{config.base_observation_weight:g}"
+    path = RUNS / "bases" / f"{world}-{config.max_turns}-{strength}-{config.base_steps}-{config.seed}"
+    with alone(path):
+        if not path.exists():
+            of_base = on_this_machine(replace(config, tasks=f"world:{world}"))
+            make_base(of_base, world_of(of_base), path)
+    return replace(config, model=str(path))
 
 
 def trained(key: str, arm: str, control: str, config: Config) -> Path:

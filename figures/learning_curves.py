@@ -72,7 +72,8 @@ def jobs() -> common.Jobs:
 def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
     lines = common.train_run(key, arm, control, common.from_base(config))
     model, tokenizer = load_policy(checkpoint.latest(common.RUNS / key / arm)[1])
-    tasks, noise = common.world_of(config).held_out[:PASS_AT_8], (Noise.PASS_AT_K, config.seed)
+    tasks = common.world_of(config).held_out[: min(PASS_AT_8, config.eval_tasks)]
+    noise = Noise.PASS_AT_K, config.seed
     lines[-1] |= pass_rates(sample_episodes(model, tokenizer, tasks, 8, config, noise))
     return lines
 

@@ -47,7 +47,8 @@ def watched(control, world: World, config: Config):
 def probe(model, tokenizer, world: World, expert: list[Transcript], step: int, config: Config) -> dict:
     """-> numbers of the policy after `step` steps; those that this world does not have are left out."""
     key = Noise.SHOWING, config.seed, step
-    episodes = sample_episodes(model, tokenizer, world.held_out[:FEW], 1, config, key)
+    few = world.held_out[: min(FEW, config.eval_tasks)]
+    episodes = sample_episodes(model, tokenizer, few, 1, config, key)
     graded = [episode for episode in episodes if episode.stop is not StopReason.INFRA_ERROR]
     found = {"pass_rate_few": fmean(episode.reward >= 1 for episode in graded)}
     found["turns"] = fmean(episode.turns for episode in graded)

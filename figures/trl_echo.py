@@ -7,7 +7,6 @@ than that, with a key-value cache kept from turn to turn (GenerateOn). trl_speed
 """
 
 import os
-from pathlib import Path
 
 import common  # noqa: F401, finds echo_min
 import torch
@@ -126,7 +125,7 @@ def reward(reward: list[float | None], **_) -> list[float | None]:
     return reward
 
 
-def trl_trainer(base: Path, prompts: list[str], tasks: list[Task], config: Config, folder: str):
+def trl_trainer(base: str, prompts: list[str], tasks: list[Task], config: Config, folder: str):
     """A trainer from `base` with our Config's objective; it goes through the prompts once, in their order."""
     model, tokenizer = load_policy(base)
     tokenizer.padding_side = "left"

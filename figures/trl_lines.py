@@ -68,7 +68,7 @@ def lines(codes: set[CodeType]) -> set[tuple[str, str, int]]:
 
 def main() -> None:
     config = Config(**SETTINGS)
-    base, world = common.base(config, config.seed), common.world_of(config)
+    base, world = common.from_base(config).model, common.world_of(config)
     tasks = train.pick_tasks(world.train, 0, config)
     with tempfile.TemporaryDirectory() as folder:
         prompts = [task.instruction for task in tasks]

@@ -53,7 +53,7 @@ def counts(episodes: list[Episode]) -> dict:
 class Ours:
     """What train_arm does each step, but for its logs, checkpoints and bar."""
 
-    def __init__(self, base: Path, tasks: list, config: Config):
+    def __init__(self, base: str, tasks: list, config: Config):
         self.model, self.tokenizer = load_policy(base)
         self.tasks, self.config = tasks, config  # tasks: a list a step
         self.optimizer = make_optimizer(self.model, config)
@@ -115,7 +115,7 @@ class Rounds(TrainerCallback):
                 file.write(json.dumps(self.lines[-1]) + "\n")
 
 
-def check(trainer, base: Path, prompts: list[str], config: Config) -> None:
+def check(trainer, base: str, prompts: list[str], config: Config) -> None:
     """Print loss and gradient of both sides on the same episodes, which our sampler plays inside of TRL."""
     noise = [np.random.default_rng(row) for row in range(len(prompts))]
     stops = set(marker_ids(trainer.processing_class))
@@ -147,7 +147,7 @@ def check(trainer, base: Path, prompts: list[str], config: Config) -> None:
 
 
 def measure(config: Config, rounds: int, path: Path) -> list[dict]:
-    base, world = common.base(config, config.seed), common.world_of(config)
+    base, world = common.from_base(config).model, common.world_of(config)
     sides = list(AGENTS) if config.max_turns > 1 else ["TRL"]  # one turn leaves nothing to keep
     tasks = [train.pick_tasks(world.train, step, config) for step in range(rounds + 1)]  # one more to warm up
     prompts = [task.instruction for row in tasks for _ in sides for task in row]

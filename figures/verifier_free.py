@@ -75,7 +75,8 @@ def start(arm: str, seed: int):
     """The last checkpoint of a run of learning_curves.py, which is made if it is not there."""
     key = f"hard/{arm}/{seed}"
     arm, control, config = common.as_asked(learning_curves.jobs(), key)[key]
-    return checkpoint.latest(common.trained(key, arm, control, common.from_base(config)) / arm)[1]
+    with common.alone(common.RUNS / key):  # several runs start there
+        return checkpoint.latest(common.trained(key, arm, control, common.from_base(config)) / arm)[1]
 
 
 # ---- picture and table ----

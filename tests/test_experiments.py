@@ -1,6 +1,7 @@
 """The numbers that figure scripts make of their lines: each from lines whose answer is known."""
 
 import copy
+import fcntl
 import sys
 from dataclasses import replace
 from math import isnan, log, nan
@@ -146,7 +147,8 @@ def test_the_predictions_of_gnu_are_judged_by_intervals(valid, right, said):
     lines = []
     for seed, (more_valid, more_right) in enumerate(zip(valid, right, strict=True)):
         for name, v, r in (("grpo", 0.3, 0.4), ("echo", 0.3 + more_valid, 0.4 + more_right)):
-            lines += run(f"gnu/{name}/{seed}", 0, 25, 50, p_valid=[9, v, v], p_right=[9, r, r])
+            start = 9 if name == "grpo" else 0  # of the base, which does not count
+            lines += run(f"gnu/{name}/{seed}", 0, 25, 50, p_valid=[start, v, v], p_right=[start, r, r])
     _, of_valid, _, of_right = gnu_curves.verdicts(lines, "echo")
     assert (of_valid, of_right) == said
 
@@ -198,6 +200,8 @@ def test_a_gain_at_a_dose_is_over_the_grpo_of_that_world():
     assert doses.gain(lines, "persist", 0.5, "echo") == pytest.approx([0.121, 0.132])
     assert doses.boundary(lines, "linked", "echo") == "linked: ahead at 1 and behind at 0.5"
     assert doses.boundary(lines, "tells", "echo") == "tells: ahead at 1"
+    some = [0.1, 0.3, 0.1], [0.2, 0.21, 0.2], [-0.2, -0.21, -0.2], [1]
+    assert [doses.verdict(gains) for gains in some] == ["open", "ahead", "behind", "no data"]
     assert doses.boundary([], "tells", "echo") == "tells: open everywhere"
 
 
@@ -271,6 +275,13 @@ def test_a_page_holds_the_tables_of_the_data(tmp_path):
     tables.in_page(page, {"one": table}, write=False)
     with pytest.raises(SystemExit, match="<!-- three -->"):
         tables.in_page(page, {"three": table}, write=True)
+
+
+def test_what_several_runs_need_is_made_by_one_at_a_time(tmp_path):
+    with common.alone(tmp_path / "there" / "base"), open(tmp_path / "there" / "base.lock") as lock:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert [path.name for path in (tmp_path / "there").iterdir()] == ["base.lock"]
 
 
 def test_quick_is_a_dozen_tiny_jobs_of_one_seed_under_runs_quick(monkeypatch):

@@ -60,3 +60,17 @@ def test_holm_by_hand():
     assert stats.holm({"a": 0.9, "b": 0.6}) == {"a": 1.0, "b": 1.0}
     some = stats.holm({"a": 0.01, "b": nan, "c": 0.2})
     assert some["a"] == pytest.approx(0.03) and some["c"] == pytest.approx(0.4) and isnan(some["b"])
+
+
+def test_rank_correlation():
+    assert stats.ranks([3.0, 1.0, 3.0, 2.0]) == [3.5, 1.0, 3.5, 2.0]
+    assert stats.spearman([(1, 10), (2, 20), (3, 15), (4, 90)]) == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert stats.spearman([(1, 9), (2, 4), (3, 1)]) == pytest.approx(-1)
+    assert isnan(stats.spearman([(1, 2), (1, 3)])) and stats.rank_text([(1, 2), (2, 3)]) == "–"
+    assert stats.rank_text([(1, 2), (2, 2), (3, 2)]) == "–"
+    rng = random.Random(2)
+    pairs = [(i, i + rng.gauss(0, 4)) for i in range(20)]
+    text = stats.rank_text(pairs)
+    value, low, high = (float(part.strip("[],")) for part in text.split())
+    assert value == round(stats.spearman(pairs), 2) and 0 < low < value < high <= 1
+    assert stats.rank_text(pairs) == text  # drawn with a seed of its own

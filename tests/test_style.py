@@ -5,6 +5,7 @@ from itertools import combinations
 from math import atan2, cos, degrees, exp, hypot, radians, sin
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -90,3 +91,26 @@ def test_a_colour_means_one_thing_everywhere():
     for arm, colour in report.COLOURS.items():
         assert style.COLOURS[arm] == colour
     assert f"['base', '{style.COLOURS['base']}'" in page.SCRIPT
+
+
+def test_curves_show_every_seed_and_a_band_that_ends_where_a_rate_can():
+    lines = [{"seed": seed, "step": step, "rate": rate} for seed, step, rate in
+             [(1, 25, 0.9), (2, 25, 0.1), (1, 0, 0.2), (2, 0, 0.0), (2, 50, 1.0), (1, 50, 0.8)]]  # fmt: skip
+    _, ax = plt.subplots()
+    style.curves(ax, [*lines, {"seed": 1, "step": 30}], "rate", "#000000", "name", top=1)
+    first, second, mean = ([*map(tuple, line.get_xydata())] for line in ax.lines)
+    assert first == [(0, 0.2), (25, 0.9), (50, 0.8)] and second == [(0, 0.0), (25, 0.1), (50, 1.0)]
+    assert mean == [(0, pytest.approx(0.1)), (25, pytest.approx(0.5)), (50, pytest.approx(0.9))]
+    heights = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert heights.min() == 0 and heights.max() == 1
+    assert ax.get_legend_handles_labels()[1] == ["name"]
+    style.curves(ax, [], "rate", "#000000", "nothing")
+    assert len(ax.lines) == 3
+    plt.close()
+
+
+@pytest.mark.parametrize(
+    "seeds, said", [([3], "seed 3"), ([2, 1, 3], "seeds 1 to 3"), ([1, 3], "seeds 1, 3")]
+)
+def test_a_title_names_the_seeds(seeds, said):
+    assert style.seeds([{"seed": seed} for seed in seeds]) == said

@@ -208,7 +208,7 @@ def main(
 
 def tiny(config: Config) -> Config:
     sizes = {"steps": 4, "eval_every": 2, "eval_tasks": 8, "tasks_per_step": 2, "group_size": 4}
-    return replace(config, **sizes, base_demonstrations=100, base_steps=20)
+    return replace(config, **sizes, base_demonstrations=100, base_steps=20, base_batch=8)
 
 
 def go_quick() -> None:

@@ -149,7 +149,7 @@ def last_probe(arm: Path, world: World, config: Config) -> dict:
 
 def load(experiment: str, jobs: Jobs) -> list[dict]:
     """The experiment's lines. Says which jobs are missing or made with other settings, and the command that
-    makes them; ends the program if there is nothing at all."""
+    makes them; ends the program, well, if there is nothing at all yet."""
     path, command = DATA / f"{experiment}.jsonl", f"python figures/{experiment}.py --run"
     lines = report.read(path)
     have = {line["key"]: (line["arm"], line.get("control", ""), line["config"]) for line in lines}
@@ -159,7 +159,8 @@ def load(experiment: str, jobs: Jobs) -> list[dict]:
     if other:
         sys.exit(f"{path.name}: made with other settings: {', '.join(other)}; remove them, then {command}")
     if len(missing) == len(jobs):
-        sys.exit(f"figures/data/{path.name} holds none of the {len(jobs)} runs; make them with: {command}")
+        print(f"figures/data/{path.name} holds none of the {len(jobs)} runs; make them with: {command}")
+        sys.exit(0)
     if missing:
         print(f"{path.name}: {len(missing)} of {len(jobs)} runs are missing; make them with: {command}")
         print(f"missing: {' '.join(missing)}")

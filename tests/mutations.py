@@ -631,7 +631,7 @@ MUTATIONS = {
     ],
     "echo_min/terminals/docker.py": [
         ("the verifier's script", '"-c", BY_STDIN]', '"-c", script]',
-         "verifier::watches_end_with_their_containers"),
+         "container::the_verifiers_words_are_out_of_sight"),
         ("what it holds", "size < 0 or ", "", "container::a_full_disk_is_seen_everywhere"),
         ("raw sockets", '["NET_RAW"]', "[]", "container::a_network_takes_the_task_and_the_flag"),
         ("a failed start", "by_agent=False", "by_agent=True",
@@ -670,7 +670,7 @@ MUTATIONS = {
         ("the artifacts", "apart.engine.put_archive(apart.id", "len((apart.id",
          "verifier::a_verifier_of_its_own_sees_artifacts_alone"),
         ("the agent's tests", 'CLEAR.format("" if has_tests else "/tests")', 'CLEAR.format("")',
-         "verifier::a_verifier_of_its_own_sees_artifacts_alone"),
+         "verifier::what_an_agent_lays_beside_the_tests_is_gone"),
         ("the verifier's user", '"user": verifier.user', '"user": ""',
          "verifier::users_of_agent_and_verifier"),
         ("the verifier's variables", '"environment": verifier.env', '"environment": {}',

@@ -190,6 +190,12 @@ def test_a_verifier_in_a_fresh_copy_of_the_agents_image(tmp_path, image):
     assert same == (task.environment.image, "environment", "/srv") and not task.environment.verifier.has_tests
 
 
+def test_a_verifier_that_is_described_without_an_image_has_the_agents(tmp_path):
+    toml = '[environment]\ndocker_image = "x"\n[verifier.environment]\ncpus = 2'
+    verifier = harbor_task(write(tmp_path, toml)).environment.verifier
+    assert (verifier.container.image, verifier.container.cpus, verifier.has_tests) == ("x", 2, False)
+
+
 def test_artifacts(tmp_path):
     toml = 'artifacts = ["/app/out/", {source = "/srv//a", exclude = ["*.o"]}]\n' + SEPARATE
     verifier = harbor_task(write(tmp_path, toml)).environment.verifier

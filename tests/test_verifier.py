@@ -125,6 +125,8 @@ def test_what_a_task_does_not_name_is_the_machines(tmp_path, monkeypatch, capfd)
         monkeypatch.setenv(f"ECHO_MIN_{name}", value)
     docker_engine._usual.cache_clear()
     assert limits(4) == (1, 300, 64)
+    task = harbor_task(written(tmp_path, f'environment = {{docker_image = "{NAME}", memory_mb = 200}}'))
+    assert limits(4) == (1, 200, 64)
     monkeypatch.setenv("ECHO_MIN_CPUS", "many")
     docker_engine._usual.cache_clear()
     with pytest.raises(docker_engine.EngineUnavailable, match="ECHO_MIN_CPUS: expected a whole number"):
@@ -133,7 +135,14 @@ def test_what_a_task_does_not_name_is_the_machines(tmp_path, monkeypatch, capfd)
 
 # ---- a verifier with a container of its own ----
 
-SHOW = f"cd /; find app logs/artifacts -type f | sort | xargs -r head -v; ls -A /tests; {PASS}"
+def test_what_an_agent_lays_beside_the_tests_is_gone(tmp_path):
+    with open_terminal(harbor_task(written(tmp_path, image(), f"ls -A /tests; {PASS}")), "docker") as terminal:
+        terminal.run("mkdir -p /tests/deep; touch /tests/{.x,helper.sh}")
+        assert terminal.verify() == 1.0
+    assert terminal.verifier_output == "test.sh"
+
+
+SHOW = f"cd /; stat -c %a app/out; find app logs/artifacts -type f | sort | xargs -r head -v; ls -A /tests; {PASS}"
 
 
 def test_a_verifier_of_its_own_sees_artifacts_alone(tmp_path):
@@ -144,11 +153,11 @@ def test_a_verifier_of_its_own_sees_artifacts_alone(tmp_path):
         terminal.run("cd /app/log; echo 3 >a; echo 4 >a.tmp; echo 5 >deep/b; echo 6 >deep/c/b")
         terminal.run("echo x >/tests/x; echo 7 >/logs/artifacts/y; chmod 7750 /app/out; chown 33:33 /app/out")
         assert terminal.verify() == 1.0
-    said = terminal.verifier_output
+    bits, _, said = terminal.verifier_output.partition("\n")
     shown = dict(part.split(" <==\n") for part in said.partition("test.sh")[0].split("==> ")[1:])
     shown = {name: text.strip() for name, text in shown.items()}
     want = {"app/log/a": "3", "app/log/deep/c/b": "6", "app/out": "1", "logs/artifacts/y": "7"}
-    assert shown == want and said.splitlines()[-1] == "test.sh"
+    assert shown == want and said.splitlines()[-1] == "test.sh" and bits == "1750"
 
 
 LINKS = """mkdir -p /app/out/d/e; cd /app/out; echo in >file; ln file hard; ln -s ../file d/up; ln -s e d/down

@@ -115,7 +115,7 @@ def test_every_setting_counts_but_those_of_the_place(name):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_missing_partial_and_foreign_data_are_named(script, folders, capsys):
     jobs, path = script.jobs(), folders / "data" / f"{script.EXPERIMENT}.jsonl"
-    with pytest.raises(SystemExit, match="^0$"):  # an experiment may wait for its runs
+    with pytest.raises(SystemExit, match=r"^0$"):  # an experiment may wait for its runs
         common.load(script.EXPERIMENT, jobs)
     assert re.search(f"none of the .*python figures/{script.EXPERIMENT}.py --run", capsys.readouterr().out)
     lines = invent(jobs, path)

@@ -136,13 +136,15 @@ def test_what_a_task_does_not_name_is_the_machines(tmp_path, monkeypatch, capfd)
 # ---- a verifier with a container of its own ----
 
 def test_what_an_agent_lays_beside_the_tests_is_gone(tmp_path):
-    with open_terminal(harbor_task(written(tmp_path, image(), f"ls -A /tests; {PASS}")), "docker") as terminal:
+    task = harbor_task(written(tmp_path, image(), f"ls -A /tests; {PASS}"))
+    with open_terminal(task, "docker") as terminal:
         terminal.run("mkdir -p /tests/deep; touch /tests/{.x,helper.sh}")
         assert terminal.verify() == 1.0
     assert terminal.verifier_output == "test.sh"
 
 
-SHOW = f"cd /; stat -c %a app/out; find app logs/artifacts -type f | sort | xargs -r head -v; ls -A /tests; {PASS}"
+SHOW = f"""cd /; stat -c %a app/out; find app logs/artifacts -type f | sort | xargs -r head -v; ls -A /tests
+{PASS}"""
 
 
 def test_a_verifier_of_its_own_sees_artifacts_alone(tmp_path):

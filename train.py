@@ -21,12 +21,13 @@ import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from echo_min import checkpoint, page, report
+from echo_min import checkpoint, page, ranks, report
 from echo_min.batch import Batch, make_batch
 from echo_min.config import Config, RunEnded
 from echo_min.echo import echo_loss, predictable
@@ -71,7 +72,8 @@ def update(model, optimizer, batch: Batch, arm: str, step: int, config: Config) 
     all_actions = max(int(batch.action_mask.sum()), 1)
     all_observations = max(int(batch.observation_mask.sum()), 1)
     clip, metrics = (config.clip_low, config.clip_high), defaultdict(float)
-    for part in batch.micro_batches(config.micro_batch_tokens, config.device):
+    parts = batch.micro_batches(config.micro_batch_tokens, config.device)
+    for part in islice(parts, ranks.RANK, None, ranks.WORLD):
         actions, observations = part.action_mask, part.observation_mask  # [b, t]
         action_logprobs, observation_logprobs = segment_logprobs(  # [Na], [No]
             model, part.ids, part.targets, actions, observations,
@@ -92,6 +94,7 @@ def update(model, optimizer, batch: Batch, arm: str, step: int, config: Config) 
         metrics["mismatch"] += log_ratio.abs().sum().item() / all_actions
         metrics["ratio"] += log_ratio.exp().sum().item() / all_actions
         metrics["trivial_failures"] += known.sum().item() / len(batch)
+    metrics = ranks.add_up(model, metrics)
     metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
     if not torch.tensor(list(metrics.values())).isfinite().all():
         raise RunEnded(f"step {step}: a loss or gradient is not finite: {dict(metrics)}")
@@ -121,7 +124,8 @@ def train_step(model, optimizer, tokenizer, world: World, arm: str, step: int, c
 
 def train_arm(arm: str, config: Config, world: World, folder: Path, interrupted, control) -> None:
     """Train one arm from the base, or from its newest checkpoint, to the last step or until `interrupted`."""
-    done, model, tokenizer, optimizer = checkpoint.restore(folder, arm, config)
+    with checkpoint.in_turn():
+        done, model, tokenizer, optimizer = checkpoint.restore(folder, arm, config)
     if done == config.steps:
         return
     examination = Examination(model, tokenizer, world, config)
@@ -130,19 +134,23 @@ def train_arm(arm: str, config: Config, world: World, folder: Path, interrupted,
             log(0, examination.results(0))
             page.add(folder, arm, 0, examination.point)
             checkpoint.save(folder / arm, done := 0, model, tokenizer, optimizer, config)
-        for step in (bar := tqdm(range(done, config.steps), desc=arm, unit="step", initial=done)):
+        for step in (
+            bar := tqdm(
+                range(done, config.steps), desc=arm, unit="step", initial=done, disable=ranks.RANK > 0
+            )
+        ):
             episodes, metrics = train_step(model, optimizer, tokenizer, world, arm, step, config, control)
             log(step + 1, metrics)
-            last = step + 1 == config.steps
+            last, ending = step + 1 == config.steps, any(ranks.gather([interrupted.is_set()]))
             if last or (step + 1) % config.eval_every == 0:
                 log(step + 1, examination.results(step + 1))
                 page.add(folder, arm, step + 1, examination.point)
                 path = folder / "transcripts" / f"{arm}-{step + 1:06d}.txt"
                 report.write_transcripts(path, tokenizer, episodes[:8])
-            if last or (step + 1) % config.save_every == 0 or interrupted.is_set():
+            if last or (step + 1) % config.save_every == 0 or ending:
                 checkpoint.save(folder / arm, step + 1, model, tokenizer, optimizer, config)
             bar.set_postfix_str(report.progress(metrics, examination.last, len(episodes)))
-            if interrupted.is_set() and not last:
+            if ending and not last:
                 raise RunEnded(f"ended after step {step + 1}, as you asked")
 
 
@@ -158,14 +166,17 @@ def main(config: Config, folder: Path, interrupted: threading.Event | None = Non
     with checkpoint.only_writer(folder), enough_memory():
         checkpoint.claim(folder, config)
         config = on_this_machine(config)
+        ranks.start(config.device)
         report.tracker_package(config)
-        if config.makes_base and not (folder / "base").exists():
-            make_base(config, world, folder / "base")
+        with checkpoint.in_turn():
+            if config.makes_base and not (folder / "base").exists():
+                make_base(config, world, folder / "base")
         for arm in config.arms.split(","):
             train_arm(arm, config, world, folder, interrupted or threading.Event(), control)
         records = report.read(folder / "metrics.jsonl")
         report.draw_curves(records, folder / "curves.png")
-    print(report.seen(records, folder))
+    if ranks.RANK == 0:
+        print(report.seen(records, folder))
 
 
 if __name__ == "__main__":

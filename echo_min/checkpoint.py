@@ -18,11 +18,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
+from echo_min import ranks
 from echo_min.config import Config
 from echo_min.harness import END
 from echo_min.machine import ran_out
 from echo_min.optimizer import make_optimizer
 from echo_min.policy import marker_ids
+from echo_min.report import first_alone
 from kernels.segment_logprob import head_weight
 
 logging.disable_progress_bar()
@@ -85,8 +87,21 @@ def restore_optimizer(folder: Path, optimizer) -> None:
 
 
 @contextmanager
+def in_turn():
+    """The first rank goes through the block before the others do."""
+    if ranks.RANK:
+        ranks.gather([])
+    yield
+    if not ranks.RANK:
+        ranks.gather([])
+
+
+@contextmanager
 def only_writer(folder: Path):
     """Removes what a killed writer left half done. Raises ValueError if another process is at work here."""
+    if ranks.RANK:  # the first has the lock
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         try:
@@ -98,6 +113,7 @@ def only_writer(folder: Path):
         yield
 
 
+@first_alone
 def claim(folder: Path, config: Config) -> None:
     """Make `folder` this run's. ValueError if it has more steps or, MAY_CHANGE apart, other settings."""
     for path in sorted(folder.rglob("echo_min.json")):
@@ -132,6 +148,7 @@ def publish(model, tokenizer, folder: Path, config: Config, optimizer=None) -> N
         shutil.rmtree(new, ignore_errors=True)
 
 
+@first_alone
 def save(arm: Path, step: int, model, tokenizer, optimizer, config: Config) -> None:
     """Checkpoint after `step` completed steps; once it is whole, only the one before stays beside it."""
     publish(model, tokenizer, arm / f"step-{step:06d}", config, optimizer)
@@ -171,6 +188,7 @@ def restore(folder: Path, arm: str, config: Config):
     raise ValueError("; ".join(torn.values()) + anew)
 
 
+@first_alone
 def keep_history(folder: Path, arm: str, last: int) -> None:
     """Drop an arm's lines of metrics.jsonl and page.jsonl after step `last`. Raises ValueError if an earlier
     one of metrics.jsonl is lost."""

@@ -13,6 +13,8 @@ from pathlib import Path
 from echo_min.config import Config, RunEnded
 from echo_min.presets import PRESETS
 
+# for torch, which is not loaded yet: rollouts and updates take turns, with blocks of different sizes
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 ABOUT = "GRPO and ECHO on terminal tasks: a base policy, every arm from it, one picture."
 
 
@@ -53,13 +55,16 @@ def boolean(text: str) -> bool:
 def run(main: Callable[[Config, Path, threading.Event], None], config: Config, folder: Path) -> None:
     """main(settings, run folder, event set by the first Ctrl-C or SIGTERM), with errors as one line. A second
     signal raises KeyboardInterrupt."""
-    interrupted = threading.Event()
+    interrupted, rank = threading.Event(), int(os.environ.get("RANK", -1))  # -1: not under torchrun
 
-    def on_signal(*_) -> None:
+    def on_signal(number, _) -> None:
+        if rank >= 0 and number == signal.SIGTERM:
+            raise KeyboardInterrupt("torchrun ends this process, as another one has died")
         if interrupted.is_set():
             raise KeyboardInterrupt
         interrupted.set()
-        os.write(2, b"\nends after this step; once more ends now\n")  # print may be at work
+        if rank <= 0:
+            os.write(2, b"\nends after this step; once more ends now\n")  # print may be at work
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -69,7 +74,7 @@ def run(main: Callable[[Config, Path, threading.Event], None], config: Config, f
         if (folder / "config.json").exists() and not isinstance(error, ValueError):  # nothing to mend first
             script = "figures/controls.py" if config.control else "train.py"
             problem += f"; what is saved stays: python {script} --resume {folder}"
-        sys.exit(f"train.py: {problem}")
+        sys.exit(f"train.py: {problem}" if rank <= 0 else 1)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -7,6 +7,7 @@ from traceback import walk_tb
 
 import torch
 
+from echo_min import ranks
 from echo_min.config import Config, RunEnded
 
 LOADING, EDIT = "loading of the model", "in its config.json lower"
@@ -56,10 +57,12 @@ def on_this_machine(config: Config) -> Config:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, 23 to 500 ms, for nearly every new length
-    here = "cuda" if torch.cuda.is_available() else "cpu"
+    here = f"cuda:{ranks.LOCAL}" if torch.cuda.is_available() else "cpu"
     device = here if config.device == "auto" else config.device
     try:
         torch.empty(0, device=device)
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)  # what processes exchange goes through it
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {device!r} can't be used here: {error}") from None
     return replace(config, device=device)

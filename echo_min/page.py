@@ -121,6 +121,7 @@ def point(episode, tokens: list[report.Token], **more) -> dict:
     return {"task": task, "own": tokens, "reward": reward, "stop": str(episode.stop), **more}
 
 
+@report.first_alone
 def add(folder: Path, arm: str, step: int, point: dict) -> None:
     """One evaluation more: a line of page.jsonl, and index.html anew."""
     report.log(folder / "page.jsonl", {"arm": arm, "step": step, **point})

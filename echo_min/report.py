@@ -5,6 +5,7 @@ import os
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
 from math import comb
@@ -13,6 +14,7 @@ from statistics import fmean, variance
 
 from tqdm import tqdm
 
+from echo_min import ranks
 from echo_min.config import Config, RunEnded
 from echo_min.masking import Role, Transcript
 
@@ -21,6 +23,17 @@ LEGEND = "blue: the policy; red: the terminal, brighter where it surprised the p
 COLOURS = {"grpo": "#707070", "echo": "#c4001c"}  # told apart without red, or green: tests/test_style.py
 
 
+def first_alone(function):
+    """Only the first rank does it; on the others it does nothing."""
+
+    @wraps(function)
+    def maybe(*args, **kwargs):
+        return function(*args, **kwargs) if ranks.RANK == 0 else None
+
+    return maybe
+
+
+@first_alone
 def log(path: Path, record: dict) -> None:
     """Append one JSON line, at once on disk; floats keep six digits."""
     record = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
@@ -48,7 +61,11 @@ def metrics_log(path: Path, arm: str, config: Config):
     """-> log(step, record): a line of metrics.jsonl, its numbers to the tracker, an alarm if there is one."""
     package = tracker_package(config)
     try:
-        run = package and package.init(project="echo_min", name=f"{config.name}-{arm}", config=asdict(config))
+        run = (
+            package
+            and not ranks.RANK
+            and package.init(project="echo_min", name=f"{config.name}-{arm}", config=asdict(config))
+        )
     except Exception as error:  # of another's network, account or disk
         raise RunEnded(f"tracker: {config.tracker} does not start: {error}") from None
     history = [r for r in read(path) if r.get("arm") == arm and "reward" in r]
@@ -127,6 +144,7 @@ def seen(records: list[dict], folder: Path) -> str:
     )
 
 
+@first_alone
 def draw_curves(records: list[dict], path: Path) -> None:
     """Each arm's pass rates and observation CE at the evaluations."""
     from matplotlib.figure import Figure  # takes a second to load, and only the end of a run draws
@@ -182,6 +200,7 @@ def ansi(tokens: list[Token]) -> str:
     return shown
 
 
+@first_alone
 def write_transcripts(path: Path, tokenizer, episodes: list) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(transcript_text(tokenizer, e) for e in episodes))

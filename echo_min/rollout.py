@@ -8,7 +8,7 @@ from enum import IntEnum, StrEnum
 
 import numpy as np
 
-from echo_min import harness
+from echo_min import harness, ranks
 from echo_min.config import Config, RunEnded
 from echo_min.masking import Role, Segment, Transcript, encode
 from echo_min.policy import marker_ids
@@ -177,10 +177,11 @@ def sample_episodes(
     as the i-th is graded."""
     if members is None:
         members = [(group, member) for group in range(len(tasks)) for member in range(group_size)]
+    members = ranks.mine(members)
     noise = None if key is None else [np.random.default_rng((*key, *member)) for member in members]
     sampler = Sampler(model, set(marker_ids(tokenizer)), config, noise)
     episodes = [Episode(tasks[group], group) for group, _ in members]
-    return rollout(sampler, tokenizer, episodes, config, ended)
+    return ranks.gather(rollout(sampler, tokenizer, episodes, config, ended))
 
 
 def batch_metrics(episodes: list[Episode]) -> dict:

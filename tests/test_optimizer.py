@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from echo_min.policy import segment_logprobs
 from echo_min.sft import make_base
 from echo_min.tiny import tiny_model
 from echo_min.worlds.registry import load_world
+from tests.test_objective import CONFIG as OBJECTIVE
+from tests.test_objective import episodes, gradients
 
 ROOT = Path(__file__).parent.parent
 BF16 = Config(dtype="bfloat16", learning_rate=1e-6, weight_decay=0.0)
@@ -170,6 +173,23 @@ def test_the_compiled_step_is_made_once_and_resumes_alike(tmp_path):
     for number in range(4, 7):
         step(1, number)
     assert torch.equal(models[0].w, models[1].w)
+
+
+def test_how_much_200_micro_batches_lose_added_up_in_bfloat16(model):
+    rewards, groups = [i % 3 == 0 for i in range(200)], [i // 8 for i in range(200)]
+    sums = [torch.zeros_like(p) for p in model.parameters()]
+    for p, total in zip(model.bfloat16().parameters(), sums, strict=True):
+        p.register_hook(partial(add, total))
+    config = replace(OBJECTIVE, micro_batch_tokens=1, dtype="bfloat16")
+    _, added = gradients(model, episodes(300, rewards, groups), config=config)
+    true = torch.cat([total.flatten() for total in sums])
+    lost = torch.cat([gradient.float().flatten() for gradient in added]) - true
+    print(f"lost {lost.norm() / true.norm():.4f}, along the sum {lost @ true / (true @ true):.5f}")
+    assert 0.003 < lost.norm() / true.norm() < 0.02 and abs(lost @ true / (true @ true)) < 0.002
+
+
+def add(total, gradient):
+    total += gradient  # and returns nothing, so the gradient stays as it is
 
 
 # ---- activations that are computed again ----

@@ -134,11 +134,7 @@ def train_arm(arm: str, config: Config, world: World, folder: Path, interrupted,
             log(0, examination.results(0))
             page.add(folder, arm, 0, examination.point)
             checkpoint.save(folder / arm, done := 0, model, tokenizer, optimizer, config)
-        for step in (
-            bar := tqdm(
-                range(done, config.steps), desc=arm, unit="step", initial=done, disable=ranks.RANK > 0
-            )
-        ):
+        for step in (bar := tqdm(range(done, config.steps), arm, initial=done, disable=ranks.RANK > 0)):
             episodes, metrics = train_step(model, optimizer, tokenizer, world, arm, step, config, control)
             log(step + 1, metrics)
             last, ending = step + 1 == config.steps, any(ranks.gather([interrupted.is_set()]))

@@ -1,8 +1,6 @@
-"""Several processes, one run: `torchrun --nproc-per-node N train.py ...`. Without torchrun there is one rank.
-
-Every rank holds the whole model and takes its share of the rollouts and of the micro-batches. All know all
-episodes, so advantages, normalisers and metrics are those of one process. The first rank alone writes files.
-"""
+"""Several processes, one run: `torchrun --nproc-per-node N train.py ...`. Each has the whole model and its
+share of the rollouts and micro-batches. All know all episodes, so advantages, normalisers and metrics are
+those of one process. The first alone writes files."""
 
 import os
 from contextlib import contextmanager
@@ -13,9 +11,8 @@ import torch.distributed as dist
 
 from echo_min.config import RunEnded
 
-RANK, LOCAL, WORLD = (
-    int(os.environ.get(k, n)) for k, n in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-)
+RANK, LOCAL = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start(device: str) -> None:

@@ -173,8 +173,7 @@ def sample_episodes(
     model, tokenizer, tasks: list[Task], group_size: int, config: Config, key, members=None, ended=None
 ) -> list[Episode]:
     """group_size rollouts of each task. key: integers, the first one of Noise; (*key, group, member) seeds a
-    rollout's noise. None: greedy. members: the (group, member) to play, if not all. ended(i, episode): called
-    as the i-th is graded."""
+    rollout's noise. None: greedy. members: the (group, member) to play, if not all. ended: as in rollout."""
     if members is None:
         members = [(group, member) for group in range(len(tasks)) for member in range(group_size)]
     members = ranks.mine(members)

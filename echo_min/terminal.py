@@ -47,8 +47,7 @@ class Terminal(AbstractContextManager):
     """
 
     def __init__(self, task: Task, output_chars: int, at_once: int = 1):
-        """at_once: so many terminals share the machine. Raises ValueError for a file or tool that would lie
-        elsewhere."""
+        """at_once: so many share the machine. ValueError: a file or tool would lie elsewhere."""
         self.task, self.output_chars, self.at_once = task, output_chars, at_once
         self._text = bytearray()  # of the command at work
         self.verifier_output = ""  # the last 64 KiB of what a container's verifier printed
@@ -77,12 +76,9 @@ class Terminal(AbstractContextManager):
         self._text += data[: max(0, 4 * self.output_chars + 4 - len(self._text))]
 
 
-def open_terminal(
-    task: Task, backend: str = "sandbox", output_chars: int = 50_000, at_once: int = 1
-) -> Terminal:
-    """backend: one of BACKENDS. output_chars: characters kept of one command's output. at_once: so many
-    terminals share the machine. Raises ValueError for an unknown backend or files that can't be laid out,
-    RunEnded when this machine has no such backend."""
+def open_terminal(task: Task, backend="sandbox", output_chars: int = 50_000, at_once: int = 1) -> Terminal:
+    """backend: one of BACKENDS. output_chars: kept of one command's output. Raises ValueError for an unknown
+    backend or files that can't be laid out, RunEnded when this machine has no such backend."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} does not exist; there is {', '.join(BACKENDS)}")
     if task.environment and backend == "sandbox":

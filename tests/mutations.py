@@ -630,6 +630,8 @@ MUTATIONS = {
         ("a command's own limits", "ulimit $limits && exec", "exec", "limits"),
     ],
     "echo_min/terminals/docker.py": [
+        ("what is asked", "n or u for n", "u or n for n",
+         "verifier::what_a_task_does_not_name_is_the_machines"),
         ("the verifier's script", '"-c", BY_STDIN]', '"-c", script]',
          "container::the_verifiers_words_are_out_of_sight"),
         ("what it holds", "size < 0 or ", "", "container::a_full_disk_is_seen_everywhere"),
@@ -655,8 +657,6 @@ MUTATIONS = {
         ("who shares", "// 2**21 // at_once", "// 2**21",
          "verifier::what_a_task_does_not_name_is_the_machines"),
         ("what is set", 'os.environ.get(f"ECHO_MIN_{name}", str(usual[name]))', "str(usual[name])",
-         "verifier::what_a_task_does_not_name_is_the_machines"),
-        ("what is asked", "n or u for n", "u or n for n",
          "verifier::what_a_task_does_not_name_is_the_machines"),
         ("a network taken", "client.disconnect_container_from_network(container, name)", "pass",
          "verifier::each_phase_has_its_own_network"),

@@ -36,12 +36,10 @@ exec {{never}}<> <(:)
 mark={mark} processes={processes} limits='-c 0'
 """
 # Where the agent can't read it, as it could a process's arguments. Nor does anything come before it is sent:
-# what an engine says together with its headers is lost in the client's buffer.
+# what an engine says together with its headers is lost in the client's buffer. And `ps` stays short.
 BY_STDIN = 'IFS= read -r -d "" script; exec </dev/null 2>&1; eval "$script"'
-# by stdin, so that `ps` stays short
 START = f'read -r -d "" relay; eval "$relay"; exit {docker_engine.LEFT_ALONE}'
-# The relay of an agent that is not the image's user, as who the ENTRYPOINT, health check and verifier work. A
-# number without a name is its group's as well, and has no home.
+# Of an agent that is not the image's user. A number without a name is its group's as well, and has no home.
 AS_USER = """exec 2>&1; groups=--clear-groups group=$0 home=/
 if name=$(id -nu -- "$0"); then groups=--init-groups group=$(id -g -- "$0"); eval "home=~$name"
 elif [[ $0 != +([0-9]) ]]; then exit; fi
@@ -55,8 +53,7 @@ class Container(Terminal):
         self.id = self._stream = None
         self.engine, self._mark, self._unread = docker_engine.connect(), secrets.token_hex(16), b""
         self._answer = re.compile(self._mark.encode() + rb"(ready|late|\d{1,3})\n")
-        self._look, self.storage_mb, self._full = threading.Event(), 0, False
-        self.printed = ""  # by the last script of ours, its end
+        self._look, self._full, self.printed = threading.Event(), False, ""  # by the last script of ours
         settings = {"life": docker_engine.LIFE_SECONDS, "processes": task.limits.processes}
         script = PRELUDE.format(mark=self._mark, **settings) + RELAY + "\0"
         with self.guard("cannot start its container", by_agent=False):
@@ -79,17 +76,18 @@ class Container(Terminal):
     def _create(self) -> None:
         """A container that is not started yet, with the task's files in it."""
         task, generated = self.task, not self.task.environment
-        usual = {"cpus": 1.0, "memory_mb": task.limits.memory_mb, "storage_mb": task.limits.work_mb}
-        asked = task.environment or replace(GENERATED, **usual)
-        cpus, memory_mb, self.storage_mb = docker_engine.share(self.engine, asked, self.at_once)
+        sizes = {"cpus": 1.0, "memory_mb": task.limits.memory_mb, "storage_mb": task.limits.work_mb}
+        asked = task.environment or replace(GENERATED, **sizes)
+        named = asked.cpus, asked.memory_mb, asked.storage_mb
+        usual = named if all(named) else docker_engine.share(self.engine, self.at_once)
+        cpus, memory_mb, self.storage_mb = (n or u for n, u in zip(named, usual, strict=True))
         limits = self.engine.create_host_config(
             mem_limit=memory_mb * 2**20, memswap_limit=memory_mb * 2**20, auto_remove=True,
             cpu_quota=int(1e5 * min(cpus, 1024)),  # us of 100 ms; may be more than there are
             pids_limit=task.limits.processes + 16,  # room for the verifier to start
             network_mode=docker_engine.network(self.engine) if asked.network else "none",
-            security_opt=["no-new-privileges:true"],
             cap_drop=["ALL"] if generated else ["NET_RAW"],  # raw frames reach neighbours
-            log_config={"type": "none"},  # else what is printed fills the engine's disk
+            security_opt=["no-new-privileges:true"], log_config={"type": "none"},  # a log fills the disk
         )  # fmt: skip
         self.id = self.engine.create_container(
             self.image, ["bash", "-c", *([AS_USER, asked.user, START] if asked.user else [START])],
@@ -136,10 +134,6 @@ class Container(Terminal):
             self.check_storage(self._full or self._is_full())
             return grading.grade(self)
 
-    def beside(self, environment: Environment) -> "Container":
-        """Another one for the same task."""
-        return Container(replace(self.task, environment=environment), self.output_chars, self.at_once)
-
     def close(self) -> None:
         (gone, self.id), (stream, self._stream) = (self.id, None), (self._stream, None)
         self._look.set()  # ends the watch
@@ -151,8 +145,7 @@ class Container(Terminal):
 
     @contextlib.contextmanager
     def guard(self, what: str, by_agent: bool = True):
-        """The engine's failures, as the contract has them; a terminal that failed is closed. by_agent: it may
-        be the agent's fault."""
+        """The engine's failures, as the contract has them; a terminal that failed is closed."""
         try:
             yield
         except ERRORS as error:
@@ -179,9 +172,8 @@ class Container(Terminal):
         return found[1].decode()
 
     def _is_full(self) -> bool:
-        listed = self.engine.containers(filters={"id": self.id}, size=True)
-        size = listed[0].get("SizeRw", 0) if listed else 0
-        return size < 0 or size > self.storage_mb * 2**20  # below 0: the engine could not count it
+        sizes = [c.get("SizeRw", 0) for c in self.engine.containers(filters={"id": self.id}, size=True)]
+        return any(size < 0 or size > self.storage_mb * 2**20 for size in sizes)  # below 0: not counted
 
     def _watch(self) -> None:
         """Counts aside what the container holds: of many files that takes longer than a command."""
@@ -204,23 +196,21 @@ class Container(Terminal):
 
     def _await_health(self, check: Healthcheck) -> None:
         started, failures = time.monotonic(), 0
-        while True:
+        while failures < check.retries:
             try:
                 code, said = self.execute(check.command, check.timeout_sec)
             except TimeoutError as error:
                 code, said = -1, str(error)
-            early = time.monotonic() - started < check.start_period_sec
-            failures += not early
             if code == 0:
                 return
-            if failures == check.retries:
-                raise OSError(f"its healthcheck failed {failures} times: {said}")
+            early = time.monotonic() - started < check.start_period_sec
+            failures += not early
             time.sleep(check.start_interval_sec if early else check.interval_sec)
+        raise OSError(f"its healthcheck failed {failures} times: {said}")
 
     def execute(self, script: str, seconds: float, keep: int = 500, **options) -> tuple[int, str]:
         """Run a script of ours. -> exit code, the last bytes of its output. Raises one of ERRORS."""
-        self.printed, deadline = "", time.monotonic() + seconds
-        said = b""
+        said, self.printed, deadline = b"", "", time.monotonic() + seconds
         command = ["bash", "--norc", "--noprofile", "-c", BY_STDIN]
         made = self.engine.exec_create(self.id, command, stdin=True, **options)
         with contextlib.closing(Stream(self.engine.exec_start(made, socket=True))) as stream:

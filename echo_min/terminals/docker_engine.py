@@ -20,7 +20,6 @@ import urllib3
 
 from echo_min.config import RunEnded
 from echo_min.tasks import Task
-from echo_min.worlds.harbor import Environment
 
 BASE = os.environ.get("ECHO_MIN_BASE_IMAGE", "")  # instead of a public one, where no registry is reached
 DEFAULT = "debian:bookworm"  # for generated tasks
@@ -80,22 +79,15 @@ def network(client: docker.APIClient) -> str:
 
 
 def set_network(client: docker.APIClient, container: str, wanted: bool) -> None:
-    """Give a running container a network, or take the one it has."""
     for name in client.inspect_container(container)["NetworkSettings"]["Networks"]:
         client.disconnect_container_from_network(container, name)
     if wanted:
         client.connect_container_to_network(container, network(client))
 
 
-def share(client: docker.APIClient, asked: Environment, at_once: int) -> tuple[float, int, int]:
-    """cpus, MiB of memory and of storage that a container gets: as asked, else its share of the engine's."""
-    named = asked.cpus, asked.memory_mb, asked.storage_mb
-    return named if all(named) else tuple(n or u for n, u in zip(named, _usual(client, at_once), strict=True))
-
-
 @functools.cache
-def _usual(client: docker.APIClient, at_once: int) -> list[int]:
-    """All cores, half of the memory for all containers together, 10 GiB of disk, unless set otherwise."""
+def share(client: docker.APIClient, at_once: int) -> tuple[int, int, int]:
+    """cpus, MiB of memory, MiB of storage where a task names none; half of the memory is for all together."""
     engine = client.info()
     usual = {"CPUS": engine["NCPU"], "MEMORY_MB": engine["MemTotal"] // 2**21 // at_once, "STORAGE_MB": 10240}
     for name in usual:
@@ -104,9 +96,8 @@ def _usual(client: docker.APIClient, at_once: int) -> list[int]:
             raise EngineUnavailable(f"ECHO_MIN_{name}: expected a whole number above 0, got {text!r}")
         usual[name] = int(text)
     gets = "{CPUS} cpus, {MEMORY_MB} MiB of memory and {STORAGE_MB} MiB of disk".format(**usual)
-    said = f"a task that names none gets {gets}; ECHO_MIN_CPUS, _MEMORY_MB and _STORAGE_MB set them"
-    print(said, file=sys.stderr, flush=True)
-    return list(usual.values())
+    print(f"a task that names none gets {gets}; ECHO_MIN_CPUS, ... set them", file=sys.stderr, flush=True)
+    return tuple(usual.values())
 
 
 def is_well(client: docker.APIClient, container: str, error: Exception, attached: bool) -> bool:

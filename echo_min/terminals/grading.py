@@ -8,6 +8,7 @@ sees the artifacts alone that the task declares.
 import json
 import tarfile
 import tempfile
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from posixpath import dirname, join
 
@@ -47,7 +48,8 @@ def grade(container) -> float:
                 _take(container, path, left_out, kept)
         container.close()  # what the agent left running ends here
         artifacts.seek(0)
-        with container.beside(verifier.container) as apart, apart.guard(f"the verifier of {task.name}"):
+        own = replace(task, environment=verifier.container)
+        with type(container)(own, 0, container.at_once) as apart, apart.guard(f"the verifier of {task.name}"):
             apart.engine.put_archive(apart.id, "/", artifacts)
             try:
                 return _test(apart, verifier)
@@ -136,6 +138,5 @@ def _stays(entry: tarfile.TarInfo, inside: list[str], dropped: set[str]) -> bool
 
 def _matches(inside: list[str], left_out: tuple[str, ...]) -> bool:
     """As tar's --exclude: a pattern for a name, or for several in a row, anywhere in the path."""
-    ends = range(1, len(inside) + 1)
-    parts = {"/".join(inside[start:end]) for end in ends for start in range(end)}
+    parts = {"/".join(inside[start:end]) for end in range(1, len(inside) + 1) for start in range(end)}
     return any(fnmatchcase(part, pattern) for part in parts for pattern in left_out)

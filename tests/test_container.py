@@ -238,7 +238,7 @@ BROKEN = {  # what the agent does, the verifier
     "storage": ("head -c 100M /dev/zero > big; sleep 0.2", LEFT),
     "shell": ("rm /bin/bash", LEFT),
     "folder": ("rm -rf /logs; echo x > /logs; mkdir /tests; mount --bind / /tests", "[[ -e /x ]]"),
-    "relay robbed": ("cat /proc/1/fd/0 >/dev/null & sleep 0.2", LEFT),
+    "relay robbed": ("cat /proc/1/fd/0 >/dev/null & sleep 1", LEFT),
     "relay ended": ("kill -RTMIN+9 1; sleep 9", LEFT),
     "verifier hangs": ("touch /hang", f"[[ -e /hang ]] && sleep 60; {LEFT}"),
     "no reward": ("touch /no", f"[[ -e /no ]] || {LEFT}"),

@@ -15,6 +15,7 @@ from echo_min.tiny import tiny_model, tiny_tokenizer
 torch.set_num_threads(1)  # models this small only lose time to a second thread
 
 
+collect_ignore = ["fake_device.py"]  # to load it twice, once to look for examples in it, is one time too many
 ENGINE = "test_container", "test_docker_runs", "test_verifier"  # which count the engine's containers
 
 

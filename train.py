@@ -137,12 +137,13 @@ def train_arm(arm: str, config: Config, world: World, folder: Path, interrupted,
         for step in (bar := tqdm(range(done, config.steps), arm, initial=done, disable=ranks.RANK > 0)):
             episodes, metrics = train_step(model, optimizer, tokenizer, world, arm, step, config, control)
             log(step + 1, metrics)
-            last, ending = step + 1 == config.steps, any(ranks.gather([interrupted.is_set()]))
+            last = step + 1 == config.steps
             if last or (step + 1) % config.eval_every == 0:
                 log(step + 1, examination.results(step + 1))
                 page.add(folder, arm, step + 1, examination.point)
                 path = folder / "transcripts" / f"{arm}-{step + 1:06d}.txt"
                 report.write_transcripts(path, tokenizer, episodes[:8])
+            ending = any(ranks.gather([interrupted.is_set()]))  # all ranks end after the same step
             if last or (step + 1) % config.save_every == 0 or ending:
                 checkpoint.save(folder / arm, step + 1, model, tokenizer, optimizer, config)
             bar.set_postfix_str(report.progress(metrics, examination.last, len(episodes)))

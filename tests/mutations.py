@@ -72,7 +72,7 @@ MUTATIONS = {
         ("the first checkpoint", "checkpoint.save(folder / arm, done := 0,", "print(done := 0,", STEP),
         ("the next step", "range(done, config.steps)", "range(done + 1, config.steps)", STEP),
         ("a step's number", "log(step + 1, metrics)", "log(step, metrics)", STEP),
-        ("the last step", "ending = step + 1 == config.steps", "ending = step == config.steps", STEP),
+        ("the last step", "last = step + 1 == config.steps", "last = step == config.steps", STEP),
         ("evaluation at the end", "if last or (step + 1) % config.eval_every",
          "if (step + 1) % config.eval_every", STEP),
         ("evaluations", "(step + 1) % config.eval_every", "step % config.eval_every", STEP),

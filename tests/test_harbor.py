@@ -253,6 +253,8 @@ REFUSED = {
     "collect": ("[[verifier.collect]]", {}, r"\[verifier\] collect: .*not supp"),
     "artifacts": ("artifacts = ['a']", {}, "artifacts: expected absolute paths"),
     "artifact that grades": ("artifacts = ['/logs/x/../verifier']", {}, "artifacts: expected absolute"),
+    "artifact that grades, otherwise": ("artifacts = ['//tests']", {}, "artifacts: expected absolute"),
+    "artifact of no name": ('artifacts = ["/a\\u0000"]', {}, "artifacts: expected absolute"),
     "artifact above": ("artifacts = [{source = '/logs'}]", {}, "artifacts: expected absolute paths, none"),
     "artifact of a service": ("artifacts = [{source = '/a', service = 'b'}]", {}, "artifacts: expected"),
     "what is left out": ("artifacts = [{source = '/a', exclude = 'b'}]", {}, "artifacts: expected"),

@@ -121,7 +121,8 @@ def test_what_a_task_does_not_name_is_the_machines(tmp_path, monkeypatch, capfd)
 
     engine = client.info()
     assert limits(4) == limits(4) == (engine["NCPU"], engine["MemTotal"] // 2**21 // 4, 10240)
-    assert capfd.readouterr().err.count("a task that names none gets") == 1
+    said = capfd.readouterr().err
+    assert said.count("a task that names none gets") == 1 and "10240 STORAGE_MB (ECHO_MIN_STORAGE_MB)" in said
     for name, value in (("CPUS", "1"), ("MEMORY_MB", "300"), ("STORAGE_MB", "64")):
         monkeypatch.setenv(f"ECHO_MIN_{name}", value)
     docker_engine.share.cache_clear()

@@ -95,8 +95,8 @@ def share(client: docker.APIClient, at_once: int) -> tuple[int, int, int]:
         if not re.fullmatch(r"[1-9]\d{0,8}", text, re.ASCII):
             raise EngineUnavailable(f"ECHO_MIN_{name}: expected a whole number above 0, got {text!r}")
         usual[name] = int(text)
-    gets = "{CPUS} cpus, {MEMORY_MB} MiB of memory and {STORAGE_MB} MiB of disk".format(**usual)
-    print(f"a task that names none gets {gets}; ECHO_MIN_CPUS, ... set them", file=sys.stderr, flush=True)
+    gets = ", ".join(f"{value} {name} (ECHO_MIN_{name})" for name, value in usual.items())
+    print(f"a task that names none gets {gets}", file=sys.stderr, flush=True)
     return tuple(usual.values())
 
 

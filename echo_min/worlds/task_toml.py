@@ -17,7 +17,7 @@ def _is_artifact(value) -> bool:
     """A path, or a table with one, of neither what grades nor a folder above it."""
     table = value if isinstance(value, dict) else {"source": value}
     path, left_out = table.get("source"), table.get("exclude", [])
-    if not isinstance(path, str) or not path.isprintable() or not path.startswith("/") or "service" in table:
+    if not isinstance(path, str) or not re.fullmatch(r"/[^/\0][^\0\n]*", path) or "service" in table:
         return False
     path = f"{normpath(path)}/"
     ours = any(path.startswith(f"{p}/") or f"{p}/".startswith(path) for p in ("/tests", "/logs/verifier"))

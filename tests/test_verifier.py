@@ -188,11 +188,10 @@ def test_an_artifact_that_is_a_link_shows_nothing(tmp_path):
 
 def test_an_agent_that_stays_behind_cannot_write_its_own_reward(tmp_path, tokenizer):
     stays = """cat > /x <<'E'
-while :; do mkdir -p /logs/verifier; echo 1 > /logs/verifier/reward.txt; echo 1 > /logs/verifier/reward.json
-printf '#!/bin/bash\\nexit' > /tests/test.sh; done
+until [[ -e /tests/test.sh ]]; do sleep 0.01; done; sleep 0.2; echo 1 > /logs/verifier/reward.json
 E
 setsid bash /x &>/dev/null & mkdir -p /logs/artifacts; ln -s /logs/verifier /logs/artifacts/verifier"""
-    fails = "sleep 0.5; echo 0 > /logs/verifier/reward.txt; sleep 0.5"
+    fails = "echo 0 > /logs/verifier/reward.txt; sleep 2"
     shared = harbor_task(written(tmp_path / "a", image(), fails))
     assert played(shared, [stays], tokenizer).reward == 1.0  # the hole
     own = harbor_task(written(tmp_path / "b", image() + SAME, fails))

@@ -19,6 +19,7 @@ collect_ignore = ["fake_device.py"]  # to load it twice, once to look for exampl
 ENGINE = "test_container", "test_docker_runs", "test_verifier"  # which count the engine's containers
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items):
     """With -n 2, a file's tests stay in one process, one after the other; so do all of the engine's."""
     for item in items:

@@ -36,12 +36,12 @@ BEST: dict[tuple[str, str], tuple] = {  # rate, warm-up, groups: what the second
     ("hard", "echo"): (6e-4, 20, (8, 8)),
 }
 SHARED = {"learning_rate": 6e-4, "warmup_steps": 20, "tasks_per_step": 8, "group_size": 8}
-RECIPE = {  # of every experiment, both arms: for now what the first stage said; file takes the hard tool's
+RECIPE = {  # of every experiment, both arms; file takes the hard tool's
     "hard": SHARED | {"max_turns": 1},
     "gnu": SHARED | {"max_turns": 1} | WORLDS["gnu"],
     "file": SHARED | {"max_turns": 3, "base_steps": 600},
 }
-TUNED = {"hard": 0.2, "gnu": 0.2, "file": 0.2}  # lambda of the arm "echo"; "echo 0.05" has the paper's
+TUNED = {"hard": 1.0, "gnu": 0.2, "file": 1.0}  # lambda of the arm "echo"; "echo 0.05" has the paper's
 
 
 def config(world: str, weight: float, seed: int, dials: str = "", **more) -> Config:

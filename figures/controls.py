@@ -132,13 +132,16 @@ def elsewhere(batch: Batch, context: Context) -> Batch:
     other = make_batch(chosen, context.config)
     marked = other.observation_mask.nonzero()  # [N, 2]
     other.observation_mask[tuple(marked[left:].T)] = False  # of the last row, what is too much
-    other = replace(
-        other,
-        action_mask=torch.zeros_like(other.action_mask),
-        action_weights=torch.zeros_like(other.action_weights),
-        observation_weights=other.observation_mask * (batch.observation_weights.sum() / left),
-        advantages=torch.zeros_like(other.advantages),
-    )
+    weights = other.observation_mask * (batch.observation_weights.sum() / left)
+    return instead(batch, replace(other, observation_weights=weights))
+
+
+def instead(batch: Batch, other: Batch) -> Batch:
+    """The other's observations are predicted in place of the batch's own, in rows below these; its actions
+    are not trained."""
+    none = torch.zeros_like(other.action_mask)
+    rows = {"action_mask": none, "action_weights": none.float(), "advantages": other.advantages * 0}
+    other = replace(other, **rows)
     none = torch.zeros_like(batch.observation_mask)
     own = replace(batch, observation_mask=none, observation_weights=none.float())
     joined = {f.name: below(getattr(own, f.name), getattr(other, f.name)) for f in fields(Batch)}

@@ -18,7 +18,8 @@ PAGE = (ROOT / "figures" / "EXERCISES.md").read_text()
 def exercises() -> list[tuple[str, str, list[str], list[str], list[str]]]:
     """(title, file or "", lines taken out, lines put in, words of the command), in the order of the page."""
     found = []
-    for title, text in [("Start", PAGE.split("\n## ")[0]), *re.findall(r"\n## (.+)\n((?:(?!\n## )[\s\S])*)", PAGE)]:
+    for section in PAGE.split("\n## "):
+        title, _, text = section.partition("\n")
         code = re.findall(r"^    (.*)$", text, re.MULTILINE)
         out, new = ([line[1:] for line in code if line.startswith(sign)] for sign in "-+")
         (command,) = [line for line in code if line.startswith("python ")]
@@ -62,4 +63,4 @@ def test_as_printed(folder, title, file, out, new, command):
             path.write_text(before)
     name = command[command.index("--name") + 1]
     lines = [line for line in report.read(folder / "runs" / name / "metrics.jsonl") if "pass_rate" in line]
-    assert {line["step"] for line in lines} == {0, 25, 40}
+    assert {line["step"] for line in lines} == {0, 40, 80}

@@ -63,4 +63,4 @@ def test_as_printed(folder, title, file, out, new, command):
             path.write_text(before)
     name = command[command.index("--name") + 1]
     lines = [line for line in report.read(folder / "runs" / name / "metrics.jsonl") if "pass_rate" in line]
-    assert {line["step"] for line in lines} == {0, 40, 80}
+    assert {line["step"] for line in lines} == {0, 25, 50, 75, 80}

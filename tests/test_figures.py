@@ -24,6 +24,7 @@ import lambda_sweep  # noqa: E402
 import learning_curves  # noqa: E402
 import linkage  # noqa: E402
 import recipe  # noqa: E402
+import strong_start  # noqa: E402
 import surprise  # noqa: E402
 import tables  # noqa: E402
 import verifier_free  # noqa: E402
@@ -32,7 +33,7 @@ from probes import KINDS  # noqa: E402
 
 import train  # noqa: E402
 
-SCRIPTS = recipe, learning_curves, lambda_sweep, verifier_free, doses, linkage
+SCRIPTS = recipe, learning_curves, lambda_sweep, verifier_free, doses, linkage, strong_start
 
 
 @pytest.fixture

@@ -1,0 +1,78 @@
+"""Does ECHO still help a policy that already passes two tasks in five? Tool world with one word to find out.
+
+python figures/strong_start.py          redraws the picture and prints the table, from figures/data
+python figures/strong_start.py --run    makes the runs that are missing
+
+Both start from the first full evaluation of a GRPO run in which it passes STRONG, with a new optimizer.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import common
+import learning_curves
+import matplotlib.pyplot as plt
+import recipe
+import stats
+import style
+import tables
+
+from echo_min import checkpoint, report
+from echo_min.config import Config
+
+EXPERIMENT = "strong_start"
+SEEDS = 31, 32, 33
+STRONG, PATIENCE = 0.4, 300  # pass rate, steps until which a start must have it
+STEPS = 75
+ARMS = learning_curves.MAIN
+
+
+def jobs() -> common.Jobs:
+    found = {}
+    for seed in SEEDS:
+        for name in ARMS:
+            arm, control, _, weight = learning_curves.ARMS[name]
+            weight = recipe.TUNED["hard"] if weight is None else weight
+            config = recipe.config("hard", weight, seed, steps=STEPS)
+            found[f"{name}/{seed}"] = arm, control, replace(config, tasks="world:tool")
+    return found
+
+
+def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
+    return common.train_run(key, arm, control, replace(config, model=str(start(config))))
+
+
+def start(config: Config) -> Path:
+    """The checkpoint, made if it is not there. Raises SystemExit if GRPO is not strong in time."""
+    key = f"start/{config.seed}"
+    with common.alone(common.RUNS / key):
+        for steps in range(config.eval_every, PATIENCE + 1, config.eval_every):
+            folder = common.trained(key, "grpo", "", common.from_base(replace(config, steps=steps)))
+            lines = report.read(folder / "metrics.jsonl")
+            passed = [line["pass_rate"] for line in lines if "pass_rate" in line]
+            if passed[-1] >= STRONG or common.QUICK in folder.parents:
+                return checkpoint.latest(folder / "grpo")[1]
+    raise SystemExit(f"{key}: GRPO passes {passed[-1]:.0%} after {PATIENCE} steps")
+
+
+def draw(lines: list[dict]) -> dict[str, str]:
+    rows = [("", "start", "curve", f"step {STEPS}", "greedy, last", "curve minus GRPO's, paired")]
+    grpo = learning_curves.end(stats.of(lines, "grpo"))
+    fig, ax = plt.subplots(figsize=(8, 6))
+    for name in ARMS:
+        mine = stats.of(lines, name)
+        style.curves(ax, mine, "pass_rate", style.COLOURS[name], learning_curves.LABELS[name], top=1)
+        last, ends = max((line["step"] for line in mine), default=0), learning_curves.end(mine)
+        cells = [stats.by_seed(mine, "pass_rate", step=0), ends, stats.by_seed(mine, "pass_rate", step=last)]
+        cells += [stats.by_seed(mine, "pass_rate_greedy", step=last)]
+        texts = [stats.interval(list(cell.values())) for cell in cells]
+        rows.append((learning_curves.LABELS[name], *texts, stats.interval(stats.paired(grpo, ends))))
+    style.axes(ax, xlabel="step", ylabel="pass rate, held-out tasks, sampled", ylim=(0, 1.02))
+    ax.set_title(f"From a policy that passes {STRONG:.0%}: tool, one word, {style.seeds(lines)}", fontsize=11)
+    style.legend(fig, [ax], 0.1, ncols=3)
+    common.save(fig, EXPERIMENT)
+    return {EXPERIMENT: tables.table(rows)}
+
+
+if __name__ == "__main__":
+    common.main(EXPERIMENT, __doc__, jobs(), run, draw)

@@ -10,12 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import common
+import compare
 import learning_curves
-import matplotlib.pyplot as plt
 import recipe
-import stats
-import style
-import tables
 
 from echo_min import checkpoint, report
 from echo_min.config import Config
@@ -56,22 +53,8 @@ def start(config: Config) -> Path:
 
 
 def draw(lines: list[dict]) -> dict[str, str]:
-    rows = [("", "start", "curve", f"step {STEPS}", "greedy, last", "curve minus GRPO's, paired")]
-    grpo = learning_curves.end(stats.of(lines, "grpo"))
-    fig, ax = plt.subplots(figsize=(8, 6))
-    for name in ARMS:
-        mine = stats.of(lines, name)
-        style.curves(ax, mine, "pass_rate", style.COLOURS[name], learning_curves.LABELS[name], top=1)
-        last, ends = max((line["step"] for line in mine), default=0), learning_curves.end(mine)
-        cells = [stats.by_seed(mine, "pass_rate", step=0), ends, stats.by_seed(mine, "pass_rate", step=last)]
-        cells += [stats.by_seed(mine, "pass_rate_greedy", step=last)]
-        texts = [stats.interval(list(cell.values())) for cell in cells]
-        rows.append((learning_curves.LABELS[name], *texts, stats.interval(stats.paired(grpo, ends))))
-    style.axes(ax, xlabel="step", ylabel="pass rate, held-out tasks, sampled", ylim=(0, 1.02))
-    ax.set_title(f"From a policy that passes {STRONG:.0%}: tool, one word, {style.seeds(lines)}", fontsize=11)
-    style.legend(fig, [ax], 0.1, ncols=3)
-    common.save(fig, EXPERIMENT)
-    return {EXPERIMENT: tables.table(rows)}
+    labels = {name: learning_curves.LABELS[name] for name in ARMS}
+    return compare.draw(EXPERIMENT, lines, labels, f"From a policy that passes {STRONG:.0%}: tool, one word")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "figures"))
 
 import common  # noqa: E402
 import doses  # noqa: E402
+import filter_curves  # noqa: E402
 import lambda_sweep  # noqa: E402
 import learning_curves  # noqa: E402
 import linkage  # noqa: E402
@@ -29,12 +30,14 @@ import strong_start  # noqa: E402
 import surprise  # noqa: E402
 import tables  # noqa: E402
 import verifier_free  # noqa: E402
+import warned  # noqa: E402
 from controls import CONTROLS  # noqa: E402
 from probes import KINDS  # noqa: E402
 
 import train  # noqa: E402
 
-SCRIPTS = recipe, learning_curves, lambda_sweep, verifier_free, doses, linkage, strong_start, sft_gap
+SCRIPTS = recipe, learning_curves, lambda_sweep, verifier_free, doses, linkage
+SCRIPTS += strong_start, sft_gap, filter_curves, warned
 
 
 @pytest.fixture

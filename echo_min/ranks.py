@@ -1,9 +1,10 @@
-"""Several processes, one run: `torchrun --nproc-per-node N train.py ...`. Each has the whole model and its
-share of the rollouts and micro-batches. All know all episodes, so advantages, normalisers and metrics are
-those of one process. The first alone writes files."""
+"""Several processes, one run: `torchrun --nproc-per-node N train.py ...`. Each has the whole model, or with
+--shard a piece of it (shard.py), and its share of the rollouts and micro-batches. All know all episodes, so
+advantages, normalisers and metrics are those of one process. The first alone writes files."""
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -29,26 +30,39 @@ def gather(own: list) -> list:
     """What all ranks made of their shares, in the order before `mine`."""
     parts = [own]
     if WORLD > 1:
-        with others_alive():
-            dist.all_gather_object(parts := [None] * WORLD, own)
+        dist.all_gather_object(parts := [None] * WORLD, own)
     return [parts[i % WORLD][i // WORLD] for i in range(sum(map(len, parts)))]
 
 
+def share(parts: list) -> list:
+    """This rank's micro-batches. All ranks have equally many, as FSDP2 needs: some may end with a blank one."""
+    nothing = torch.zeros_like(parts[-1].action_mask)
+    blank = replace(parts[-1], action_mask=nothing, observation_mask=nothing)
+    return mine(parts + [blank] * (-len(parts) % WORLD))
+
+
+def whole(model):
+    """A context in which every rank holds all weights, and so samples without waiting for the others."""
+    return model.whole() if hasattr(model, "whole") else nullcontext()
+
+
 def add_up(model, metrics: dict) -> dict:
-    """Gradients and metrics of all ranks: the gradients in place. -> the metrics"""
+    """Gradients and metrics of all ranks: the gradients in place, if FSDP2 has not done it. -> the metrics"""
     if WORLD == 1:
         return metrics
-    with others_alive():
+    if not hasattr(model, "whole"):
         for p in model.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank may be without a micro-batch
             dist.all_reduce(p.grad)
-        dist.all_gather_object(parts := [None] * WORLD, dict(metrics))
-    return {name: sum(part.get(name, 0.0) for part in parts) for name in max(parts, key=len)}
+    dist.all_gather_object(parts := [None] * WORLD, dict(metrics))
+    return {name: sum(part[name] for part in parts) for name in metrics}
 
 
 @contextmanager
 def others_alive():
+    """Raises RunEnded where torch says, in its backends' words, that another process is gone."""
     try:
         yield
     except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
         raise RunEnded(f"another process of this run has ended ({str(error).split(chr(10))[0]})") from None

@@ -77,12 +77,13 @@ def load_policy(name: str | Path, device="cpu", dtype="float32", gradient_checkp
     return model.to(device), tokenizer
 
 
-def restore_optimizer(folder: Path, optimizer, sharded: bool = False) -> None:
-    """Load the state saved in a checkpoint. Raises ValueError if it is not one of this model's."""
+def restore_optimizer(folder: Path, optimizer, sharded=None) -> None:
+    """Load the state saved in a checkpoint. sharded: the model, if it is. Raises ValueError if it is not one
+    of this model's."""
     with foreign(f"{folder}: not a checkpoint to resume from: optimizer.pt"):
         saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         if sharded:
-            shard.pieces(saved["state"], optimizer)
+            shard.cut_states(saved["state"], sharded, optimizer)
         optimizer.load_state_dict(saved)
         for weight, state in optimizer.state.items():
             if not weight.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
@@ -153,9 +154,7 @@ def publish(model, tokenizer, folder: Path, config: Config, weights=None, optimi
 
 def save(arm: Path, step: int, model, tokenizer, optimizer, config: Config) -> None:
     """Checkpoint after `step` completed steps; once it is whole, only the one before stays beside it."""
-    weights, state = None, optimizer.state_dict()
-    if config.shard:
-        weights, state = shard.gathered(model.state_dict()), shard.gathered(state)
+    weights, state = shard.gathered(model, optimizer) if config.shard else (None, optimizer.state_dict())
     if ranks.RANK == 0:
         publish(model, tokenizer, arm / f"step-{step:06d}", config, weights, state)
         for _, old in checkpoints(arm)[:-2]:
@@ -181,10 +180,10 @@ def restore(folder: Path, arm: str, config: Config):
             where = "cpu" if config.shard else config.device
             model, tokenizer = load_policy(path, where, config.dtype, config.gradient_checkpointing)
             if config.shard:
-                shard.shard(model, config.device)
-            optimizer = make_optimizer(model, config)
+                shard.cut_up(model, config.device)
+            optimizer = (shard.optimizer_of_pieces if config.shard else make_optimizer)(model, config)
             if saved:
-                restore_optimizer(path, optimizer, config.shard)
+                restore_optimizer(path, optimizer, model if config.shard else None)
         except ValueError as error:
             torn[path] = str(error)
             continue

@@ -35,7 +35,7 @@ def gather(own: list) -> list:
 
 
 def share(parts: list) -> list:
-    """This rank's micro-batches. All ranks have equally many, as FSDP2 needs: some may end with a blank one."""
+    """This rank's micro-batches: as many as each other's, which FSDP2 needs, so that some end with a blank."""
     nothing = torch.zeros_like(parts[-1].action_mask)
     blank = replace(parts[-1], action_mask=nothing, observation_mask=nothing)
     return mine(parts + [blank] * (-len(parts) % WORLD))

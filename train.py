@@ -32,7 +32,7 @@ from echo_min.config import Config, RunEnded
 from echo_min.echo import echo_loss, predictable
 from echo_min.evaluate import Examination
 from echo_min.grpo import grpo_loss
-from echo_min.machine import enough_memory, on_this_machine
+from echo_min.machine import enough_memory, on_this_machine, others_alive
 from echo_min.optimizer import optimizer_step
 from echo_min.policy import segment_logprobs
 from echo_min.rollout import Episode, Noise, batch_metrics, sample_episodes
@@ -159,7 +159,7 @@ def main(config: Config, folder: Path, interrupted: threading.Event | None = Non
     if bool(config.control) != bool(control):
         raise ValueError(f"this run has the control {config.control!r}: python figures/controls.py --help")
     world = load_tasks(config.tasks, config.allow_network, config.seed)
-    with checkpoint.only_writer(folder), enough_memory(), ranks.others_alive():
+    with checkpoint.only_writer(folder), enough_memory(), others_alive():
         checkpoint.claim(folder, config)
         config = on_this_machine(config)
         ranks.start(config.device)

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
-from echo_min import ranks, shard
+from echo_min import ranks
 from echo_min.config import Config
 from echo_min.harness import END
 from echo_min.machine import ran_out
@@ -77,14 +77,10 @@ def load_policy(name: str | Path, device="cpu", dtype="float32", gradient_checkp
     return model.to(device), tokenizer
 
 
-def restore_optimizer(folder: Path, optimizer, sharded=None) -> None:
-    """Load the state saved in a checkpoint. sharded: the model, if it is. Raises ValueError if it is not one
-    of this model's."""
+def restore_optimizer(folder: Path, optimizer) -> None:
+    """Load the state saved in a checkpoint. Raises ValueError if it is not one of this model's."""
     with foreign(f"{folder}: not a checkpoint to resume from: optimizer.pt"):
-        saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        if sharded:
-            shard.cut_states(saved["state"], sharded, optimizer)
-        optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
         for weight, state in optimizer.state.items():
             if not weight.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
                 raise ValueError("it is of another model")
@@ -133,7 +129,7 @@ def claim(folder: Path, config: Config) -> None:
 
 def publish(model, tokenizer, folder: Path, config: Config, weights=None, optimizer_state=None) -> None:
     """Write the policy to `folder`, which appears complete or not at all, with the Config it was made under.
-    weights: if not the model's own, name -> tensor. Raises OSError."""
+    weights: the model's state_dict, if there is one already. Raises OSError."""
     new = folder.with_name(folder.name + ".tmp")
     try:
         model.save_pretrained(new, state_dict=weights)
@@ -154,9 +150,9 @@ def publish(model, tokenizer, folder: Path, config: Config, weights=None, optimi
 
 def save(arm: Path, step: int, model, tokenizer, optimizer, config: Config) -> None:
     """Checkpoint after `step` completed steps; once it is whole, only the one before stays beside it."""
-    weights, state = shard.gathered(model, optimizer) if config.shard else (None, optimizer.state_dict())
+    state = model.state_dict(), optimizer.state_dict()  # sharded, it takes all ranks to tell it to the first
     if ranks.RANK == 0:
-        publish(model, tokenizer, arm / f"step-{step:06d}", config, weights, state)
+        publish(model, tokenizer, arm / f"step-{step:06d}", config, *state)
         for _, old in checkpoints(arm)[:-2]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -180,10 +176,12 @@ def restore(folder: Path, arm: str, config: Config):
             where = "cpu" if config.shard else config.device
             model, tokenizer = load_policy(path, where, config.dtype, config.gradient_checkpointing)
             if config.shard:
+                from echo_min import shard  # seldom needed
+
                 shard.cut_up(model, config.device)
-            optimizer = (shard.optimizer_of_pieces if config.shard else make_optimizer)(model, config)
+            optimizer = (shard.make_optimizer_of_pieces if config.shard else make_optimizer)(model, config)
             if saved:
-                restore_optimizer(path, optimizer, model if config.shard else None)
+                restore_optimizer(path, optimizer)
         except ValueError as error:
             torn[path] = str(error)
             continue

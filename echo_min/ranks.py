@@ -3,14 +3,12 @@
 advantages, normalisers and metrics are those of one process. The first alone writes files."""
 
 import os
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-
-from echo_min.config import RunEnded
 
 RANK, LOCAL = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -35,10 +33,9 @@ def gather(own: list) -> list:
 
 
 def share(parts: list) -> list:
-    """This rank's micro-batches: as many as each other's, which FSDP2 needs, so that some end with a blank."""
-    nothing = torch.zeros_like(parts[-1].action_mask)
-    blank = replace(parts[-1], action_mask=nothing, observation_mask=nothing)
-    return mine(parts + [blank] * (-len(parts) % WORLD))
+    """This rank's micro-batches: as many as each other's, as FSDP2 demands, so that some end with a blank."""
+    nothing = dict.fromkeys(("action_mask", "observation_mask"), torch.zeros_like(parts[-1].action_mask))
+    return mine(parts + [replace(parts[-1], **nothing)] * (-len(parts) % WORLD))
 
 
 def whole(model):
@@ -50,19 +47,8 @@ def add_up(model, metrics: dict) -> dict:
     """Gradients and metrics of all ranks: the gradients in place, if FSDP2 has not done it. -> the metrics"""
     if WORLD == 1:
         return metrics
-    if not hasattr(model, "whole"):
-        for p in model.parameters():
-            dist.all_reduce(p.grad)
+    for p in () if hasattr(model, "whole") else model.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        dist.all_reduce(p.grad)
     dist.all_gather_object(parts := [None] * WORLD, dict(metrics))
     return {name: sum(part[name] for part in parts) for name in metrics}
-
-
-@contextmanager
-def others_alive():
-    """Raises RunEnded where torch says, in its backends' words, that another process is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
-            raise
-        raise RunEnded(f"another process of this run has ended ({str(error).split(chr(10))[0]})") from None

@@ -49,8 +49,8 @@ def same_lines(one, two, **wider):
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
         for key in a:
-            close = pytest.approx(a[key], rel=wider.get(key, 2e-6), abs=1e-6)
-            close = close if type(a[key]) is float else a[key]
+            tolerance = {"rel": wider.get(key, 2e-6), "abs": 1e-6}
+            close = pytest.approx(a[key], **tolerance) if type(a[key]) is float else a[key]
             assert b[key] == close or key.endswith("seconds"), key
 
 

@@ -19,7 +19,10 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 import train
 from echo_min import cli, machine, ranks
 from echo_min.batch import make_batch
+from echo_min.checkpoint import restore_optimizer
 from echo_min.config import RunEnded
+from echo_min.optimizer import make_optimizer, optimizer_step
+from echo_min.shard import cut_up, make_optimizer_of_pieces
 from tests.test_objective import CONFIG, Capture, episodes
 from tests.test_ranks import ROOT, SMALL, TORCHRUN, at_work, begin, lines, same_lines
 
@@ -116,6 +119,14 @@ def test_gradients_are_those_of_one_process():
     assert done.stdout.count("gradients differ by") == 16
 
 
+def test_states_of_8_bits_are_those_of_one_process_and_are_restored(tmp_path):
+    pytest.importorskip("torchao")
+    command = [sys.executable, *TORCHRUN, "-m", "tests.test_shard", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("states are equal") == 2
+
+
 def test_without_torchrun_one_line_says_what_to_run(capsys):
     with pytest.raises(SystemExit):
         cli.parse_args(["--shard", "true"])
@@ -129,20 +140,19 @@ def test_only_the_loss_of_another_process_is_told_as_such():
         raise RuntimeError("shapes")
 
 
+def small_model(tied: bool = True, checkpointing: bool = False, width: int = 64, layers: int = 3):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": layers, "head_dim": width}
+    sizes |= {"vocab_size": VOCABULARY, "num_attention_heads": 1, "num_key_value_heads": 1}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, tie_word_embeddings=tied)).eval()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
 def compare(tied: bool, checkpointing: bool, tokens: int) -> None:
     """What each rank does: train.update with a whole model as if alone, then with a piece of one. There are 5
     micro-batches, or 1, so the second rank needs a blank one."""
-    from echo_min.shard import cut_up
-
-    def model():
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "head_dim": 16}
-        sizes |= {"vocab_size": VOCABULARY, "num_attention_heads": 4, "num_key_value_heads": 2}
-        made = Qwen3ForCausalLM(Qwen3Config(**sizes, tie_word_embeddings=tied)).eval()
-        if checkpointing:
-            made.activation_checkpointing_enable({"use_reentrant": False})
-        return made
-
     config = replace(CONFIG, micro_batch_tokens=tokens, grad_clip=0.1)
     batch = make_batch(episodes(VOCABULARY, (1, 0, 0, 1, 0), (0, 0, 0, 1, 1)), config)
 
@@ -153,9 +163,9 @@ def compare(tied: bool, checkpointing: bool, tokens: int) -> None:
 
     rank, world = ranks.RANK, ranks.WORLD
     ranks.RANK, ranks.WORLD = 0, 1
-    metrics, wanted = gradients(model())
+    metrics, wanted = gradients(small_model(tied, checkpointing))
     ranks.RANK, ranks.WORLD = rank, world
-    made = model()
+    made = small_model(tied, checkpointing)
     cut_up(made, "cpu")
     with made.whole():
         pass
@@ -169,8 +179,50 @@ def compare(tied: bool, checkpointing: bool, tokens: int) -> None:
     assert told == pytest.approx(metrics, rel=2e-6, abs=1e-6)
 
 
+def eight_bits(folder: Path) -> None:
+    """What each rank does: the same three steps as a whole model, then one more after a restart, or without."""
+    config = replace(CONFIG, optimizer="adamw8bit", dtype="bfloat16")
+    whole, model = (small_model(width=256, layers=1).bfloat16() for _ in range(2))
+    cut_up(model, "cpu")
+    one, mine = make_optimizer(whole, config), make_optimizer_of_pieces(model, config)
+
+    def step(optimizer, weights, number):
+        for weight in weights:
+            gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)).bfloat16()
+            weight.grad = gradient if weights is not cut else torch.zeros_like(weight)
+            if weights is cut:
+                weight.grad.to_local().copy_(gradient.split(-(-len(gradient) // 2))[ranks.RANK])
+        optimizer_step(optimizer, 1e-3, number)
+
+    def equal(a, b):
+        return torch.equal(*(x.dequantize() if hasattr(x, "codes") else x for x in (a, b)))
+
+    cut = list(model.parameters())
+    for number in range(3):
+        step(one, list(whole.parameters()), number)
+        step(mine, cut, number)
+    saved, kept = mine.state_dict(), one.state_dict()["state"]
+    if ranks.RANK == 0:
+        assert sum(hasattr(state["exp_avg"], "codes") for state in saved["state"].values()) > 5
+        for i, state in saved["state"].items():
+            assert all(type(v) is type(kept[i][k]) and equal(v, kept[i][k]) for k, v in state.items())
+        torch.save(saved, folder / "optimizer.pt")
+    ranks.gather([])
+    again = make_optimizer_of_pieces(model, config)
+    restore_optimizer(folder, again)
+    for state, restored in zip(mine.state.values(), again.state.values(), strict=True):
+        assert all(type(v) is type(restored[k]) and equal(v, restored[k]) for k, v in state.items())
+    restore_optimizer(folder, one)
+    step(one, list(whole.parameters()), 3)
+    step(again, cut, 3)
+    print("states are equal", flush=True)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     ranks.start("cpu")
-    for case in product([True, False], [True, False], [1, 10_000]):
-        compare(*case)
+    if sys.argv[1:]:
+        eight_bits(Path(sys.argv[1]))
+    else:
+        for case in product([True, False], [True, False], [1, 10_000]):
+            compare(*case)

@@ -180,7 +180,7 @@ def compare(tied: bool, checkpointing: bool, tokens: int) -> None:
 
 
 def eight_bits(folder: Path) -> None:
-    """What each rank does: the same three steps as a whole model, then one more after a restart, or without."""
+    """What each rank does: three steps, as of a whole model; then both go on with what the pieces saved."""
     config = replace(CONFIG, optimizer="adamw8bit", dtype="bfloat16")
     whole, model = (small_model(width=256, layers=1).bfloat16() for _ in range(2))
     cut_up(model, "cpu")

@@ -21,7 +21,6 @@ import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ from echo_min.config import Config, RunEnded
 from echo_min.echo import echo_loss, predictable
 from echo_min.evaluate import Examination
 from echo_min.grpo import grpo_loss
-from echo_min.machine import enough_memory, on_this_machine
+from echo_min.machine import enough_memory, on_this_machine, others_alive
 from echo_min.optimizer import optimizer_step
 from echo_min.policy import segment_logprobs
 from echo_min.rollout import Episode, Noise, batch_metrics, sample_episodes
@@ -72,8 +71,7 @@ def update(model, optimizer, batch: Batch, arm: str, step: int, config: Config) 
     all_actions = max(int(batch.action_mask.sum()), 1)
     all_observations = max(int(batch.observation_mask.sum()), 1)
     clip, metrics = (config.clip_low, config.clip_high), defaultdict(float)
-    parts = batch.micro_batches(config.micro_batch_tokens, config.device)
-    for part in islice(parts, ranks.RANK, None, ranks.WORLD):
+    for part in ranks.share([*batch.micro_batches(config.micro_batch_tokens, config.device)]):
         actions, observations = part.action_mask, part.observation_mask  # [b, t]
         action_logprobs, observation_logprobs = segment_logprobs(  # [Na], [No]
             model, part.ids, part.targets, actions, observations,
@@ -108,7 +106,8 @@ def train_step(model, optimizer, tokenizer, world: World, arm: str, step: int, c
     started = time.perf_counter()
     tasks = pick_tasks(world.train, step, config)
     key = Noise.TRAINING, config.seed, step
-    episodes = sample_episodes(model, tokenizer, tasks, config.group_size, config, key)
+    with ranks.whole(model):
+        episodes = sample_episodes(model, tokenizer, tasks, config.group_size, config, key)
     metrics, sampled = batch_metrics(episodes), time.perf_counter()
     batch = make_batch(episodes, config)
     if control:
@@ -160,7 +159,7 @@ def main(config: Config, folder: Path, interrupted: threading.Event | None = Non
     if bool(config.control) != bool(control):
         raise ValueError(f"this run has the control {config.control!r}: python figures/controls.py --help")
     world = load_tasks(config.tasks, config.allow_network, config.seed)
-    with checkpoint.only_writer(folder), enough_memory():
+    with checkpoint.only_writer(folder), enough_memory(), others_alive():
         checkpoint.claim(folder, config)
         config = on_this_machine(config)
         ranks.start(config.device)

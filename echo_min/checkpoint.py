@@ -29,7 +29,7 @@ from kernels.segment_logprob import head_weight
 
 logging.disable_progress_bar()
 MAY_CHANGE = """name device threads terminals allow_network prefill_tokens micro_batch_tokens logit_mb
-    gradient_checkpointing steps save_every eval_every tracker""".split()  # where, how long, what fits
+    gradient_checkpointing shard steps save_every eval_every tracker""".split()  # where, how long, what fits
 OF_BASE = """seed tasks harness max_turns max_action_tokens output_chars context model format_stage
     base_demonstrations base_steps base_batch base_learning_rate base_observation_weight""".split()
 
@@ -127,16 +127,16 @@ def claim(folder: Path, config: Config) -> None:
     config.save(folder / "config.json")
 
 
-def publish(model, tokenizer, folder: Path, config: Config, optimizer=None) -> None:
+def publish(model, tokenizer, folder: Path, config: Config, weights=None, optimizer_state=None) -> None:
     """Write the policy to `folder`, which appears complete or not at all, with the Config it was made under.
-    Raises OSError."""
+    weights: the model's state_dict, if there is one already. Raises OSError."""
     new = folder.with_name(folder.name + ".tmp")
     try:
-        model.save_pretrained(new)
+        model.save_pretrained(new, state_dict=weights)
         tokenizer.save_pretrained(new)
         config.save(new / "echo_min.json")
-        if optimizer:
-            torch.save(optimizer.state_dict(), new / "optimizer.pt")
+        if optimizer_state:
+            torch.save(optimizer_state, new / "optimizer.pt")
         for file in filter(Path.is_file, new.rglob("*")):  # on disk before the rename that makes it the truth
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
@@ -148,12 +148,13 @@ def publish(model, tokenizer, folder: Path, config: Config, optimizer=None) -> N
         shutil.rmtree(new, ignore_errors=True)
 
 
-@first_alone
 def save(arm: Path, step: int, model, tokenizer, optimizer, config: Config) -> None:
     """Checkpoint after `step` completed steps; once it is whole, only the one before stays beside it."""
-    publish(model, tokenizer, arm / f"step-{step:06d}", config, optimizer)
-    for _, old in checkpoints(arm)[:-2]:
-        shutil.rmtree(old, ignore_errors=True)
+    state = model.state_dict(), optimizer.state_dict()  # sharded, it takes all ranks to tell it to the first
+    if ranks.RANK == 0:
+        publish(model, tokenizer, arm / f"step-{step:06d}", config, *state)
+        for _, old in checkpoints(arm)[:-2]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def checkpoints(arm: Path) -> list[tuple[int, Path]]:
@@ -172,8 +173,13 @@ def restore(folder: Path, arm: str, config: Config):
     saved, torn = checkpoints(folder / arm), {}
     for done, path in saved[::-1] or [(None, folder / "base" if config.makes_base else config.model)]:
         try:
-            model, tokenizer = load_policy(path, config.device, config.dtype, config.gradient_checkpointing)
-            optimizer = make_optimizer(model, config)
+            where = "cpu" if config.shard else config.device
+            model, tokenizer = load_policy(path, where, config.dtype, config.gradient_checkpointing)
+            if config.shard:
+                from echo_min import shard  # seldom needed
+
+                shard.cut_up(model, config.device)
+            optimizer = (shard.make_optimizer_of_pieces if config.shard else make_optimizer)(model, config)
             if saved:
                 restore_optimizer(path, optimizer)
         except ValueError as error:

@@ -35,15 +35,21 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, Path]:
     try:
         if "resume" not in given:
             config = Config(**PRESETS[given.pop("preset", "tiny")] | given)
-            return config, Path("runs", config.name)
+            return several_if_sharded(config), Path("runs", config.name)
         folder = given.pop("resume")
         if others := given.keys() - {"steps"}:
             raise ValueError(f"--resume takes its settings from the run; remove --{' --'.join(others)}")
         if not (folder / "config.json").is_file():
             raise ValueError(f"--resume: {folder} holds no config.json; it is not a run folder")
-        return replace(Config.load(folder / "config.json"), **given), folder
+        return several_if_sharded(replace(Config.load(folder / "config.json"), **given)), folder
     except ValueError as error:
         parser.error(str(error))
+
+
+def several_if_sharded(config: Config) -> Config:
+    if config.shard and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise ValueError("--shard needs several processes: torchrun --nproc-per-node N train.py ...")
+    return config
 
 
 def boolean(text: str) -> bool:

@@ -82,6 +82,7 @@ class Config:
     grad_clip: float = _f(1.0, "largest gradient norm")
     micro_batch_tokens: int = _f(2048, "padded tokens per forward pass of the update")
     gradient_checkpointing: bool = _f(False, "activations of a layer are computed again in backward")
+    shard: bool = _f(False, "each of torchrun's processes holds a piece of the model: shard.py")
     logit_mb: int = _f(3072, "MiB of logits that the loss head may hold; beyond it they are recomputed")
 
     # evaluation

@@ -6,7 +6,7 @@ from statistics import fmean
 
 import torch
 
-from echo_min import page, report
+from echo_min import page, ranks, report
 from echo_min.batch import pad
 from echo_min.config import Config, RunEnded
 from echo_min.echo import observation_mask
@@ -32,6 +32,10 @@ class Examination:
 
     def results(self, step: int) -> dict:
         """A sampled and a greedy rollout of each task, and observation CE on the expert's trajectories."""
+        with ranks.whole(self.model):
+            return self._results(step)
+
+    def _results(self, step: int) -> dict:
         found = observation_logprobs(self.model, self.expert, self.config)
         self.last = {"expert_ce": cross_entropy(found)}
         key = Noise.EVALUATION, self.config.seed, step

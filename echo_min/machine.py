@@ -1,4 +1,4 @@
-"""This machine: its device and threads, and what to do when its memory runs out."""
+"""This machine: its device and threads, and what to do when its memory runs out or a process is killed."""
 
 import sys
 from contextlib import contextmanager
@@ -6,6 +6,7 @@ from dataclasses import replace
 from traceback import walk_tb
 
 import torch
+from torch.distributed import DistError
 
 from echo_min import ranks
 from echo_min.config import Config, RunEnded
@@ -40,6 +41,17 @@ def ran_out(error: Exception) -> bool:
     texts = "can't allocate memory", "can't start new thread", "CUDA error: out of memory", "ALLOC_FAILED"
     memory = torch.OutOfMemoryError, MemoryError
     return isinstance(error, memory) or any(text in str(error) for text in texts)
+
+
+@contextmanager
+def others_alive():
+    """Raises RunEnded where torch says, through gloo or NCCL, that another process of the run has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, DistError):
+            raise
+        raise RunEnded(f"another process of this run has ended ({str(error).split(chr(10))[0]})") from None
 
 
 def lost_updates(config: Config) -> str:

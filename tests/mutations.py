@@ -464,7 +464,7 @@ MUTATIONS = {
          "kill::killed_twenty_times_equals_never"),
         ("other settings", "k in fixed and old[k]", "False and old[k]",
          "train::only_where_how_long_and_in_what_memory_may_change"),
-        ("what may change", "gradient_checkpointing steps", "gradient_checkpointing seed steps",
+        ("what may change", "shard steps save_every", "shard seed steps save_every",
          "train::an_edited_seed_is_refused_by_name"),
         ("a shorter run", "found[0] > config.steps:", "found[0] > config.steps + 9:",
          "train::a_run_is_not_made_shorter_than_it_is"),

@@ -367,7 +367,7 @@ def test_only_where_how_long_and_in_what_memory_may_change(half):
             assert f"{half}/{what} was made with {field.name} {now!r}: keep that" in str(error)
     assert changed == {
         "name", "device", "threads", "terminals", "allow_network", "prefill_tokens", "micro_batch_tokens",
-        "logit_mb", "gradient_checkpointing", "steps", "save_every", "eval_every", "tracker",
+        "logit_mb", "gradient_checkpointing", "shard", "steps", "save_every", "eval_every", "tracker",
     }  # fmt: skip
 
 

@@ -79,8 +79,7 @@ class Sampler:
         self.asked.add(episode)
 
     def step(self) -> dict[int, Reply]:
-        """One more token for each episode that waits. -> the replies that have ended with it, by episode.
-        Raises RunEnded if the model's logits are not finite."""
+        """One token more for all that wait. -> replies that end here. RunEnded if logits are not finite."""
         replies = {}
         for output in filter(lambda output: output.finished, self.llm.llm_engine.step()):
             episode, said = int(output.request_id), output.outputs[0]
@@ -100,10 +99,9 @@ def play(model, tokenizer, episodes: list[Episode], config: Config, noise, ended
     waiting = list(range(len(seats)))
     working: dict[Future, int] = {}  # what a terminal does (open, answer, grade) -> its episode
     with ExitStack() as at_the_end, ThreadPoolExecutor(config.terminals) as pool:
-        for seat in seats:
-            at_the_end.callback(seat.close)
         sampler = Sampler(model, set(marker_ids(tokenizer)), config, noise)
-        at_the_end.callback(sampler.close)
+        for each in (sampler, *seats):
+            at_the_end.callback(each.close)
         while waiting or working or sampler.asked:
             while waiting and len(working) + len(sampler.asked) < config.terminals:
                 i = waiting.pop(0)

@@ -151,8 +151,7 @@ def rollout(agent, tokenizer, episodes: list[Episode], config: Config, ended=Non
         while waiting or unread or grading:
             free = config.terminals - len(unread) - len(grading)
             entering, waiting = waiting[:free], waiting[free:]
-            prompts = pool.map(Seat.open, [seats[i] for i in entering])
-            unread.update(zip(entering, prompts, strict=True))
+            unread.update(zip(entering, pool.map(Seat.open, [seats[i] for i in entering]), strict=True))
 
             playing = [i for i in unread if episodes[i].stop is None]
             new_ids = [unread[i] for i in playing]
@@ -179,7 +178,6 @@ def sample_episodes(
     episodes = [Episode(tasks[group], group) for group, _ in members]
     if config.sampler == "vllm":
         from echo_min.sampler_vllm import play  # a loop of its own, in which no episode waits for another
-
         return ranks.gather(play(model, tokenizer, episodes, config, noise, ended))
     sampler = Sampler(model, set(marker_ids(tokenizer)), config, noise)
     return ranks.gather(rollout(sampler, tokenizer, episodes, config, ended))

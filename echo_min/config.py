@@ -7,8 +7,8 @@ from pathlib import Path
 
 CHOICES = {
     "backend": ["sandbox", "docker"], "harness": ["plain", "qwen"], "dtype": ["float32", "bfloat16"],
-    "optimizer": ["adamw", "adamw8bit"], "tracker": ["none", "trackio", "wandb"],
-    "observation_norm": ["observation", "selected", "global"], "policy_norm": ["sequence", "token"],
+    "sampler": ["ours", "vllm"], "policy_norm": ["sequence", "token"], "optimizer": ["adamw", "adamw8bit"],
+    "observation_norm": ["observation", "selected", "global"], "tracker": ["none", "trackio", "wandb"],
 }  # fmt: skip
 ARMS = "grpo", "echo"  # rewards only; rewards, and CE on what the terminal wrote
 MAY_BE_ZERO = """seed threads base_steps base_observation_weight env_weight policy_weight warmup_steps
@@ -58,6 +58,7 @@ class Config:
     steps: int = _f(100, "RL steps per arm")
     tasks_per_step: int = _f(8, "tasks (groups) per step")
     group_size: int = _f(8, "rollouts per task")
+    sampler: str = _f("ours", "ours, or vllm: an engine that is faster on a GPU (pip install '.[vllm]')")
     temperature: float = _f(1.0, "sampling temperature; the policy loss scores at the same one")
     prefill_tokens: int = _f(16384, "padded tokens per forward pass outside the update")
 

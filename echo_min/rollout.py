@@ -151,8 +151,7 @@ def rollout(agent, tokenizer, episodes: list[Episode], config: Config, ended=Non
         while waiting or unread or grading:
             free = config.terminals - len(unread) - len(grading)
             entering, waiting = waiting[:free], waiting[free:]
-            prompts = pool.map(Seat.open, [seats[i] for i in entering])
-            unread.update(zip(entering, prompts, strict=True))
+            unread.update(zip(entering, pool.map(Seat.open, [seats[i] for i in entering]), strict=True))
 
             playing = [i for i in unread if episodes[i].stop is None]
             new_ids = [unread[i] for i in playing]
@@ -164,8 +163,7 @@ def rollout(agent, tokenizer, episodes: list[Episode], config: Config, ended=Non
                 if ended:
                     ended(i, episodes[i])
             grading = [(i, pool.submit(seats[i].leave)) for i in unread if episodes[i].stop]
-            answered = zip(playing, answers, strict=True)
-            unread = {i: ids for i, ids in answered if episodes[i].stop is None}
+            unread = {i: ids for i, ids in zip(playing, answers, strict=True) if episodes[i].stop is None}
     return episodes
 
 
@@ -174,12 +172,14 @@ def sample_episodes(
 ) -> list[Episode]:
     """group_size rollouts of each task. key: integers, the first one of Noise; (*key, group, member) seeds a
     rollout's noise. None: greedy. members: the (group, member) to play, if not all. ended: as in rollout."""
-    if members is None:
-        members = [(group, member) for group in range(len(tasks)) for member in range(group_size)]
-    members = ranks.mine(members)
+    every = [(group, member) for group in range(len(tasks)) for member in range(group_size)]
+    members = ranks.mine(every if members is None else members)
     noise = None if key is None else [np.random.default_rng((*key, *member)) for member in members]
-    sampler = Sampler(model, set(marker_ids(tokenizer)), config, noise)
     episodes = [Episode(tasks[group], group) for group, _ in members]
+    if config.sampler == "vllm":
+        from echo_min.sampler_vllm import play  # a loop of its own, in which no episode waits for another
+        return ranks.gather(play(model, tokenizer, episodes, config, noise, ended))
+    sampler = Sampler(model, set(marker_ids(tokenizer)), config, noise)
     return ranks.gather(rollout(sampler, tokenizer, episodes, config, ended))
 
 
@@ -189,8 +189,7 @@ def batch_metrics(episodes: list[Episode]) -> dict:
     why = next((e.error for e in [*failed, *episodes] if e.error), "")
     if 2 * len(failed) > len(episodes):
         raise RunEnded(f"{len(failed)} of {len(episodes)} episodes failed: {why}")
-    valid = [e for e in episodes if e.valid]
-    if not valid:
+    if not (valid := [e for e in episodes if e.valid]):
         raise RunEnded("no episode of the batch can be trained on: all failed or ran out of agent time")
     sums = {"reward": sum(e.reward for e in valid), "turns": sum(e.turns for e in valid)}
     for role in (Role.ACTION, Role.OBSERVATION, Role.WARNING):

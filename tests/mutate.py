@@ -63,7 +63,7 @@ def work(todo, results) -> None:
     """Take mutations until there are none, each in this worker's copy."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "copy")
-        ignore = shutil.ignore_patterns(".venv", "runs", ".git", "__pycache__", ".*_cache", "png", "*.jsonl")
+        ignore = shutil.ignore_patterns(".venv*", "runs", ".git", "__pycache__", ".*_cache", "png", "*.jsonl")
         shutil.copytree(ROOT, copy, ignore=ignore)
         while mutation := todo.get():
             file, name, old, new, target = mutation

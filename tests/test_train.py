@@ -334,6 +334,14 @@ def test_wrong_input_is_one_clear_line(tmp_path, monkeypatch, capsys, flags, mes
     assert message in refused(train, flags, capsys)
 
 
+def test_vllm_that_is_not_installed_is_one_clear_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("echo_min.machine.find_spec", lambda name: None)
+    said = refused(train, ["--sampler", "vllm"], capsys)
+    assert "sampler: vllm is not installed: pip install '.[vllm]'" in said
+    assert not (tmp_path / "runs" / "tiny" / "base").exists()  # said before the minutes that a base takes
+
+
 def test_a_run_folder_is_never_overwritten(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "tiny" / "base").mkdir(parents=True)
@@ -347,7 +355,7 @@ OTHER = {  # a value that SMALL does not have
     "name": "moved", "arms": "grpo", "control": "x", "device": "cuda", "tasks": "world:file",
     "backend": "docker", "harness": "qwen", "model": "other", "dtype": "bfloat16", "optimizer": "adamw8bit",
     "observation_norm": "global", "policy_norm": "token", "tracker": "wandb", "clip_low": 0.5, "beta1": 0.5,
-    "beta2": 0.5,
+    "beta2": 0.5, "sampler": "vllm",
 }  # fmt: skip
 
 

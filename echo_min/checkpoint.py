@@ -79,7 +79,7 @@ def load_policy(name: str | Path, device="cpu", dtype="float32", gradient_checkp
 
 def recompute_activations(model) -> None:
     """A layer's activations are computed again in backward, not held."""
-    names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # of late, and as vllm wants it
+    names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # now, and in 5.19
     next(getattr(model, name) for name in names if hasattr(model, name))({"use_reentrant": False})
 
 

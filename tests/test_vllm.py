@@ -84,7 +84,7 @@ def error(model, story, temperature=CONFIG.temperature):
 
 def test_logprobs_are_those_of_a_full_forward_before_and_after_a_sync(policy):
     model = policy[0]
-    # SmolLM2 leaves float32 no more: on such prompts our own sampler is as far off, and this pass from float64
+    # all that float32 leaves of SmolLM2: our own sampler is as far off, and this pass from one in float64
     limit = 1e-5 if "Qwen3" in type(model).__name__ else 5e-5
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     before, cached = talk(policy)

@@ -73,8 +73,14 @@ def load_policy(name: str | Path, device="cpu", dtype="float32", gradient_checkp
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             raise ValueError(f"its tokenizer has more tokens ({len(tokenizer)}) than its embedding")
     if gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     return model.to(device), tokenizer
+
+
+def recompute_activations(model) -> None:
+    """A layer's activations are computed again in backward, not held."""
+    names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # now, and in 5.19
+    next(getattr(model, name) for name in names if hasattr(model, name))({"use_reentrant": False})
 
 
 def restore_optimizer(folder: Path, optimizer) -> None:

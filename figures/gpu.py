@@ -158,6 +158,7 @@ def memory() -> None:
 
     import train
     from echo_min.batch import make_batch
+    from echo_min.checkpoint import recompute_activations
     from echo_min.config import Config
     from echo_min.estimate import Estimate
     from echo_min.optimizer import make_optimizer
@@ -171,7 +172,7 @@ def memory() -> None:
         config = Config(**preset | {"device": DEVICE})
         model, rows = random_policy(name, config.dtype), list(range(config.terminals))
         if config.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(model)
         optimizer = make_optimizer(model, config)
         batch = make_batch(make_episodes(model.config.vocab_size, 8, config.context), config)
 

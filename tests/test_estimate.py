@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config, Qwen3For
 
 import train
 from echo_min.batch import make_batch
+from echo_min.checkpoint import recompute_activations
 from echo_min.config import Config
 from echo_min.estimate import GPUS, Estimate, days, described, skeleton
 from echo_min.masking import Role
@@ -76,7 +77,7 @@ def full_episodes(config, n):
 def measured(model, config):
     """-> peak bytes of (a rollout, an update) of the real code, with the optimizer's states there."""
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     optimizer = make_optimizer(model, config)
     episodes = full_episodes(config, 2 * config.micro_batch_tokens // config.context)
 

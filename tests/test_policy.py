@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import train
 from echo_min import checkpoint, policy
 from echo_min.batch import make_batch, pad
-from echo_min.checkpoint import load_policy
+from echo_min.checkpoint import load_policy, recompute_activations
 from echo_min.config import Config, RunEnded
 from echo_min.evaluate import cross_entropy, observation_logprobs
 from echo_min.masking import Role, Transcript
@@ -170,7 +170,7 @@ def test_the_supervised_stage_in_parts_learns_the_same(tokenizer):
         config = Config(base_steps=3, base_batch=6, **lean)
         model, passes = tiny_model(tokenizer, 0), []
         if config.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(model)
         model.base_model.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
         supervise(model, episodes, config)
         results.append((passes, torch.cat([p.detach().flatten() for p in model.parameters()])))

@@ -38,8 +38,8 @@ def verdict(differences: list[float]) -> str:
     return "open" if abs(mean) <= half else f"{'rises' if mean > 0 else 'falls'} by {abs(mean):.2f}"
 
 
-def draw(lines: list[dict], arms: dict, worlds: dict, labels: dict) -> dict[str, str]:
-    """Four rows of panels: the worlds, and the controls of the hard tool."""
+def draw(lines: list[dict], arms: dict, worlds: list, labels: dict) -> dict[str, str]:
+    """Rows of panels: the worlds, and the controls of the hard tool."""
     main = [name for name, (_, control, dials, _) in arms.items() if not control + dials]
     shown = [(world, world, main) for world in worlds]
     shown.append(("hard, controls", "hard", ["echo 0.05", *(name for name in arms if name not in main)]))
@@ -63,7 +63,7 @@ def draw(lines: list[dict], arms: dict, worlds: dict, labels: dict) -> dict[str,
     return {"held_out_ce": table(lines, arms, worlds, labels)}
 
 
-def table(lines: list[dict], arms: dict, worlds: dict, labels: dict) -> str:
+def table(lines: list[dict], arms: dict, worlds: list, labels: dict) -> str:
     rows = [("world", "arm", *(f"{kind}: base → last" for kind in probes.KINDS))]
     for world in worlds:
         for name in arms:

@@ -141,13 +141,13 @@ def steps_to_best(lines: list[dict], grpo: list[dict]) -> dict[int, float]:
 
 
 def draw(lines: list[dict]) -> dict[str, str]:
-    found = contrasts(lines)
-    said = []
+    found, worlds, said = contrasts(lines), [world for world in WORLDS if stats.of(lines, world)], []
     for arm in ("echo 0.05", "echo"):
-        worlds = [f"{verdict(*found[w, arm, 'grpo'][::2])} in {w}" for w in WORLDS]
-        said.append(f"{LABELS[arm]}, against GRPO: {'; '.join(worlds)}")
-    fig, axes = plt.subplots(1, len(WORLDS), figsize=(13, 5), sharey=True)
-    for ax, world in zip(axes, WORLDS, strict=True):
+        verdicts = [f"{verdict(*found[w, arm, 'grpo'][::2])} in {WORLDS[w].split(',')[0]}" for w in worlds]
+        said.append(f"{LABELS[arm]}, against GRPO: {'; '.join(verdicts)}")
+    fig, axes = plt.subplots(1, len(worlds), figsize=(4 + 3 * len(worlds), 5.4), sharey=True, squeeze=False)
+    axes = axes[0]
+    for ax, world in zip(axes, worlds, strict=True):
         panel(ax, lines, world, MAIN)
         ax.set_title(f"{ax.get_title()}, tuned lambda {recipe.TUNED[world]:g}", fontsize=10)
     axes[0].set_ylabel("pass rate, held-out tasks, sampled")
@@ -157,12 +157,13 @@ def draw(lines: list[dict]) -> dict[str, str]:
     fig, ax = plt.subplots(figsize=(8, 6))
     panel(ax, lines, "hard", ("grpo", "echo 0.05", *CONTROLS))
     ax.set_ylabel("pass rate, held-out tasks, sampled")
-    less = [LABELS[c] for c in CONTROLS if verdict(*found["hard", "echo 0.05", c][::2]).startswith("ahead")]
-    fig.suptitle(f"ECHO 0.05 is ahead of {len(less)} of its {len(CONTROLS)} controls", fontsize=11)
+    said = [verdict(*found["hard", "echo 0.05", control][::2]) for control in CONTROLS]
+    ahead, tested = sum(text.startswith("ahead") for text in said), len(said) - said.count("no data")
+    fig.suptitle(f"ECHO 0.05 is ahead of {ahead} of {tested} controls that have two seeds or more", fontsize=11)
     style.legend(fig, [ax], 0.14, ncols=2)
     common.save(fig, "controls")
     tables = {EXPERIMENT: table(lines), "contrasts": contrast_table(found)}
-    return tables | held_out_ce.draw(lines, ARMS, WORLDS, LABELS) | gnu_curves.draw(lines, MAIN, LABELS)
+    return tables | held_out_ce.draw(lines, ARMS, worlds, LABELS) | gnu_curves.draw(lines, MAIN, LABELS)
 
 
 def panel(ax, lines: list[dict], world: str, arms: tuple[str, ...]) -> None:
@@ -194,6 +195,8 @@ def table(lines: list[dict]) -> str:
 def contrast_table(found: dict) -> str:
     rows = [("world", "contrast", "difference of the curves, paired", "p", f"p, Holm over {len(CONTRASTS)}")]
     for (world, arm, other), (differences, p, corrected) in found.items():
+        if not differences:
+            continue
         name = f"{LABELS[arm]} – {LABELS[other]}"
         rows.append([world, name, stats.interval(differences), stats.p_text(p), stats.p_text(corrected)])
     return tables.table(rows)

@@ -159,7 +159,7 @@ def draw(lines: list[dict]) -> dict[str, str]:
     ax.set_ylabel("pass rate, held-out tasks, sampled")
     said = [verdict(*found["hard", "echo 0.05", control][::2]) for control in CONTROLS]
     ahead, tested = sum(text.startswith("ahead") for text in said), len(said) - said.count("no data")
-    fig.suptitle(f"ECHO 0.05 is ahead of {ahead} of {tested} controls that have two seeds or more", fontsize=11)
+    fig.suptitle(f"ECHO 0.05 is ahead of {ahead} of {tested} controls with two seeds or more", fontsize=11)
     style.legend(fig, [ax], 0.14, ncols=2)
     common.save(fig, "controls")
     tables = {EXPERIMENT: table(lines), "contrasts": contrast_table(found)}

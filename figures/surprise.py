@@ -28,23 +28,25 @@ def score(folder: Path) -> None:
     """Writes surprise.json to the run's folder. Raises ValueError if it has no such checkpoints."""
     config = Config.load(folder / "config.json")
     world = common.world_of(config)
-    panels = {}
+    made = f"seed {config.seed}, {config.steps} steps, lambda {config.env_weight:g}"
+    panels = {"about": f"{config.tasks}, {made}"}
     for title in TITLES:
         found = checkpoint.latest(folder / title)
         model, tokenizer = load_policy(found[1] if found else folder / title)
-        transcript = expert_transcripts(tokenizer, world, config)[0]
+        transcript = max(expert_transcripts(tokenizer, world, config)[:20], key=len)  # in which a call fails
         (logprobs,) = observation_logprobs(model, [transcript], config)
         tokens = report.tokens_with_surprise(tokenizer, transcript, logprobs)
         panels[title] = [(text, int(role), round(nats, 3)) for text, role, nats in tokens]
     (folder / "surprise.json").write_text(json.dumps(panels) + "\n")
 
 
-def draw(panels: dict[str, list[report.Token]], path: Path, columns: int = 60) -> None:
+def draw(panels: dict[str, list[report.Token]], about: str, path: Path, columns: int = 60) -> None:
     """The picture that explains ECHO: title -> transcript; observations are shaded by surprise."""
     laid_out = {title: _layout(tokens, columns) for title, tokens in panels.items()}
     width = max(column + len(text) for cells in laid_out.values() for _, column, text, _, _ in cells)
     height = max(line for cells in laid_out.values() for line, *_ in cells) + 1
-    size = (0.09 * (width + 2) * len(panels) + 0.8, 0.22 * height + 0.5)
+    top = max(nats for tokens in panels.values() for _, role, nats in tokens if role is Role.OBSERVATION)
+    size = (0.09 * (width + 2) * len(panels) + 0.8, 0.22 * height + 0.8)
     fig, axes = plt.subplots(1, len(panels), figsize=size, constrained_layout=True, squeeze=False)
     shade = matplotlib.colormaps["Reds"]
     inks = {Role.PROMPT: "black", Role.ACTION: "#0b4f8a", Role.WARNING: "#b8860b", Role.SCAFFOLD: "#aaaaaa"}
@@ -52,7 +54,7 @@ def draw(panels: dict[str, list[report.Token]], path: Path, columns: int = 60) -
         for line, start, text, role, nats in cells:
             face, ink = "#d6e8f7" if role is Role.ACTION else "none", inks.get(role, "black")
             if role is Role.OBSERVATION:
-                level = min(nats / 5, 1.0)
+                level = max(nats, 0) / top
                 face, ink = shade(0.08 + 0.72 * level), "white" if level > 0.6 else "black"
             if text:
                 corner, width_of = (start + 0.05, line - 0.42), len(text) - 0.1
@@ -63,8 +65,9 @@ def draw(panels: dict[str, list[report.Token]], path: Path, columns: int = 60) -
         ax.set(xlim=(0, width), ylim=(height - 0.3, -0.7))
         ax.set_title(title, fontsize=9)
         ax.axis("off")
-    bar = fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, 5), shade), ax=axes, fraction=0.02, pad=0.01)
+    bar = fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, top), shade), ax=axes, fraction=0.02, pad=0.01)
     bar.set_label("surprise (nats)", fontsize=8)
+    fig.suptitle(f"An expert's episode as three policies read it: {about}", fontsize=9)
     fig.savefig(path, dpi=150)
     plt.close(fig)
 
@@ -97,12 +100,12 @@ def main() -> None:
         saved = json.loads(data.read_text())
     except (OSError, ValueError) as error:
         sys.exit(f"surprise.py: {error}")
-    panels = {}
+    about, panels = saved.pop("about"), {}
     for name, tokens in saved.items():
         panels[TITLES[name]] = [(text, Role(role), nats) for text, role, nats in tokens]
     picture = (args.run or common.PNG) / "surprise.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
-    draw(panels, picture, columns=40)
+    draw(panels, about, picture, columns=40)
     print(os.path.relpath(picture))
 
 

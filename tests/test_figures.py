@@ -197,7 +197,7 @@ def test_surprise_of_a_run_stays_with_the_run(folders, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["surprise.py", "--run", str(folders / "run")])
     surprise.main()
     panels = json.loads((folders / "run" / "surprise.json").read_text())
-    assert list(panels) == ["base", "grpo", "echo"]
+    assert list(panels) == ["about", "base", "grpo", "echo"]
     assert (folders / "run" / "surprise.png").stat().st_size > 10_000
     assert not list((folders / "data").iterdir()) and not (folders / "png").exists()
     monkeypatch.setattr(sys, "argv", ["surprise.py", "--run", str(folders)])

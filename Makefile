@@ -73,7 +73,7 @@ FIGURES := recipe learning_curves lambda_sweep verifier_free doses linkage rival
 	filter_curves warned
 .PHONY: figures reproduce reproduce-quick
 figures: .venv/ready
-	failed=0; for name in $(FIGURES) counterfactual surprise; do $(PY) figures/$$name.py || failed=1; done; exit $$failed
+	printf '%s\n' $(FIGURES) counterfactual surprise | xargs -P 2 -I{} $(PY) figures/{}.py
 
 reproduce: .venv/ready
 	for name in $(FIGURES); do $(PY) figures/$$name.py --run || exit 1; done

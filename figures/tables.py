@@ -22,4 +22,5 @@ def in_page(page: Path, found: dict[str, str], write: bool) -> None:
         new = before + mark + own + end + rest
     if new != text and not write:
         sys.exit(f"{page}: other numbers than the data's in {', '.join(found)}; --write puts these there")
-    page.write_text(new)
+    if new != text:
+        page.write_text(new)

@@ -41,7 +41,7 @@ def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
 
 def start(config: Config) -> Path:
     """The checkpoint, made if it is not there. Raises SystemExit if GRPO is not strong in time."""
-    key = f"start/{config.seed}"
+    key, config = f"start/{config.seed}", replace(config, env_weight=0.05)  # one run, whoever asks
     with common.alone(common.RUNS / key):
         for steps in range(config.eval_every, PATIENCE + 1, config.eval_every):
             folder = common.trained(key, "grpo", "", common.from_base(replace(config, steps=steps)))

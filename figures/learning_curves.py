@@ -176,7 +176,7 @@ def panel(ax, lines: list[dict], world: str, arms: tuple[str, ...]) -> None:
 
 def table(lines: list[dict]) -> str:
     rows = [("world", "arm", "step 75", f"step {STEPS}", "curve", "greedy, last", "pass@8, last",
-             "turns, last", "steps to GRPO's best / its own")]  # fmt: skip
+             "turns, last", "surprise, last / first", "steps to GRPO's best / its own")]  # fmt: skip
     for world in WORLDS:
         for name in ARMS:
             if not (mine := stats.of(lines, world, name)):
@@ -185,6 +185,8 @@ def table(lines: list[dict]) -> str:
             cells = [stats.by_seed(mine, "pass_rate", step=75), stats.by_seed(mine, "pass_rate", step=last)]
             cells += [end(mine), stats.by_seed(mine, "pass_rate_greedy", step=last)]
             cells += [stats.by_seed(mine, key, step=last) for key in ("pass_at_8", "turns")]
+            first, then = (stats.by_seed(mine, "observation_ce", step=step) for step in (0, last))
+            cells.append({seed: then[seed] / first[seed] for seed in then if seed in first})
             texts = [stats.interval(list(cell.values())) for cell in cells]
             ratios = steps_to_best(mine, stats.of(lines, world, "grpo"))
             reached = f" ({len(ratios)} of {len({line['seed'] for line in mine})})"

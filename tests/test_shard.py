@@ -1,12 +1,9 @@
 """A model cut up between processes, `--shard true`, with gloo on a CPU. Run by torchrun, this file is the
 program that both ranks are."""
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -24,7 +21,7 @@ from echo_min.config import RunEnded
 from echo_min.optimizer import make_optimizer, optimizer_step
 from echo_min.shard import cut_up, make_optimizer_of_pieces
 from tests.test_objective import CONFIG, Capture, episodes
-from tests.test_ranks import ROOT, SMALL, TORCHRUN, at_work, begin, lines, same_lines
+from tests.test_ranks import ROOT, SMALL, TORCHRUN, all_end, at_work, begin, lines, same_lines
 
 pytestmark = pytest.mark.slow
 SHARDED = "--shard", "true"
@@ -100,14 +97,7 @@ def test_one_process_goes_on_with_pieces_and_pieces_with_one_process(runs):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_dies_ends_all(runs, victim):
-    child, pids = at_work(runs, f"killed_{victim}")
-    assert len(pids) == 2
-    os.kill(pids[victim], signal.SIGKILL)
-    started = time.monotonic()
-    said, _ = child.communicate(timeout=60)
-    assert child.returncode and time.monotonic() - started < 10
-    assert not any(Path("/proc", str(pid)).exists() for pid in pids)
-    assert said.count("train.py: ") <= 1 and said.count("Traceback") <= 1, said  # torchrun's
+    all_end(*at_work(runs, f"killed_{victim}"), victim)
 
 
 def test_gradients_are_those_of_one_process():

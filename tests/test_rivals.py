@@ -10,6 +10,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "figures"))
 
+import rival_curves  # noqa: E402
 import rivals  # noqa: E402
 
 import train  # noqa: E402
@@ -84,8 +85,8 @@ def test_the_printed_line_is_typed(context, tokenizer):
 
 
 def test_every_job_has_its_change_and_its_rollouts():
-    found, jobs = rivals.changes(), rivals.jobs()
-    assert len(jobs) == 12 + 3 * len(rivals.BEST)
+    found, jobs = rivals.changes(), rival_curves.jobs()
+    assert len(jobs) == 12 + 3 * len(rival_curves.BEST)
     for key, (arm, control, config) in jobs.items():
         name, strength, _ = key.split("/")
         assert control == "" if name == "imitate" else control in found

@@ -1,6 +1,6 @@
 """Several processes, one run: `torchrun --nproc-per-node N train.py ...`. Each has the whole model, or with
---shard a piece of it (shard.py), and its share of the rollouts and micro-batches. All know all episodes, so
-advantages, normalisers and metrics are those of one process. The first alone writes files."""
+--shard a piece of it (shard.py), and its share of rollouts and micro-batches. All know all episodes, so that
+metrics are those of one process. The first alone writes files. When one dies: machine.others_alive."""
 
 import os
 from contextlib import nullcontext

@@ -70,7 +70,7 @@ gpu: $(if $(filter .venv/bin/python,$(PY)),.venv/bench)
 # figures draws from the committed data, and fails if a table in figures/README.md is not theirs; reproduce makes
 # what is missing of them (hours), reproduce-quick tries every kind of run at a toy size.
 FIGURES := recipe learning_curves lambda_sweep verifier_free doses linkage rival_curves strong_start sft_gap \
-	filter_curves warned
+	filter_curves warned turns
 .PHONY: figures reproduce reproduce-quick
 figures: .venv/ready
 	printf '%s\n' $(FIGURES) counterfactual surprise | xargs -P 2 -I{} $(PY) figures/{}.py

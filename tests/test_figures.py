@@ -29,6 +29,7 @@ import sft_gap  # noqa: E402
 import strong_start  # noqa: E402
 import surprise  # noqa: E402
 import tables  # noqa: E402
+import turns  # noqa: E402
 import verifier_free  # noqa: E402
 import warned  # noqa: E402
 from controls import CONTROLS  # noqa: E402
@@ -37,7 +38,8 @@ from probes import KINDS  # noqa: E402
 import train  # noqa: E402
 
 SCRIPTS = recipe, learning_curves, lambda_sweep, verifier_free, doses, linkage
-SCRIPTS += strong_start, sft_gap, filter_curves, warned
+SCRIPTS += strong_start, sft_gap, filter_curves, warned, turns
+READS = {linkage: (doses, learning_curves), turns: (learning_curves,)}  # what others measured
 
 
 @pytest.fixture
@@ -141,9 +143,8 @@ def test_missing_partial_and_foreign_data_are_named(script, folders, capsys):
 def test_pictures_and_tables_from_whole_and_partial_data(script, share, folders):
     some = dict(list(script.jobs().items())[::share])
     lines = invent(some, folders / "data" / f"{script.EXPERIMENT}.jsonl")
-    if script is linkage:  # reads what the two measured
-        for other in (doses, learning_curves):
-            invent(dict([*other.jobs().items()][::share]), folders / "data" / f"{other.EXPERIMENT}.jsonl")
+    for other in READS.get(script, ()):
+        invent(dict([*other.jobs().items()][::share]), folders / "data" / f"{other.EXPERIMENT}.jsonl")
     found = script.draw(lines)
     assert any("±" in table or "(one seed)" in table for table in found.values())
     widths = [{row.count("|") for row in table.splitlines()} for table in found.values()]
@@ -158,6 +159,17 @@ def test_pictures_and_tables_from_whole_and_partial_data(script, share, folders)
         tables.in_page(page, found, write=False)
     tables.in_page(page, found, write=True)
     tables.in_page(page, found, write=False)
+
+
+def test_turns_are_those_of_the_last_steps_and_of_step_0():
+    lines = [
+        {"key": f"hard/{arm}/1", "seed": 1, "step": step, "turns": step / 10 + len(arm)}
+        for arm in ("grpo", "echo 0.05")
+        for step in range(0, 76, 5)
+    ]
+    mine = turns.arm_lines(lines, "echo 0.05")
+    assert turns.ends(mine, "turns") == ({1: 9.0}, {1: pytest.approx(9 + 6.5)})  # steps 55 to 75
+    assert len(mine) == 16 and turns.arm_lines(lines, "echo") == []
 
 
 def test_a_recipe_is_judged_by_its_full_evaluations_after_step_0():

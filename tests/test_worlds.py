@@ -2,12 +2,13 @@
 fails."""
 
 import random
+import re
 
 import pytest
 
 from echo_min.terminal import open_terminal
 from echo_min.worlds.registry import WORLDS, load_world
-from echo_min.worlds.tool import CODES
+from echo_min.worlds.tool import CODES, FLAGS
 
 DIALS = ["tool,family=linked", "tool,family=ambient", "tool,usage=lying", "tool,usage=code", "hard,tells=4"]
 DIALS += ["tool,persist=0,linked=0"]
@@ -152,6 +153,24 @@ def test_how_many_training_tasks_a_dial_takes_away():
     assert held_out[0].tools["tk"] == held_out[1].tools["tk"] and mute not in held_out[0].tools["tk"].decode()
 
 
+def test_half_of_the_wrong_words_never_come_back_and_two_of_them_end_the_episode():
+    world = load_world("tool,hangs=0.5", 1)
+    never = re.search(r"case \$given in (.*)\) echo", world.train[0].tools["tk"].decode())[1]
+    listed = never.replace("'", "").split("|")
+    task = next(task for task in world.train if task.solution.split()[2] in listed)
+    _, verb, right, file = task.solution.split()
+    assert len(listed) == 16 and {t.limits for t in world.held_out} == {task.limits}
+    with open_terminal(task) as terminal:
+        for flag in FLAGS[:8]:
+            if flag != right:
+                output = terminal.run(f"tk {verb} {flag} {file}", 0.5 if flag in listed else 5)
+                said = "tk: waiting\n" if flag in listed else f"usage: tk {verb} {right} FILE\n"
+                assert (output.text, output.timed_out) == (said, flag in listed)
+        assert terminal.run(task.solution).text == f"ok {file}\n" and terminal.verify() == 1.0
+    one, all_turns = task.limits.command_seconds, task.limits.agent_seconds
+    assert one + 1 < all_turns < 2 * one  # one hang leaves a second for the rest, two are too many
+
+
 @pytest.mark.parametrize(
     "name, message",
     [
@@ -160,7 +179,7 @@ def test_how_many_training_tasks_a_dial_takes_away():
         ("tool,seed=3", "seed=3 is no dial"),
         ("file,words=2", "file has none"),
         ("tool,words=3", "no such value of words"),
-        ("tool,tells=0,linked=1.5", "no such value of linked, tells"),
+        ("tool,tells=0,linked=1.5,hangs=1", "no such value of linked, tells, hangs"),
         ("tool,usage=odd,family=odd,persist=-1", "no such value of persist, usage, family"),
     ],
 )

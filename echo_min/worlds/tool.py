@@ -9,7 +9,7 @@ bit by bit: README.md.
 import random
 from itertools import product
 
-from echo_min.tasks import Task, World
+from echo_min.tasks import Limits, Task, World
 
 FLAGS = [f"-{letter}" for letter in "abcdefghijklmnopqrstuvwxyzABCDEF"]
 MODES = "bold calm cold dark firm loud mild pale soft warm".split()
@@ -27,6 +27,8 @@ query roast sweep tidy""".split(),
 }
 HELD_OUT = 200
 
+HURRIED = Limits(command_seconds=2.0, agent_seconds=3.6)  # where calls hang: two of them and the time is up
+
 # One case a verb: $right is its words. $given is what the call says instead.
 TOOL = """#!/bin/sh
 case "$1" in
@@ -37,6 +39,7 @@ shown=$right
 verb=$1 given=$2; shift 2; while [ $# -gt 1 ]; do given="$given $1"; shift; done
 {shown}
 if [ "$given" != "$right" ]; then
+    {hang}
     case $verb in
     {mute}) read -r load <.load; echo "load: $load" ;;
     *) echo "usage: tk $verb $shown FILE" ;;
@@ -56,40 +59,45 @@ def cases(variable: str, table: dict[str, str]) -> str:
     return "\n".join(f'"{key}") {variable}="{value}" ;;' for key, value in table.items())
 
 
-def tool_task(facts: dict, shown: str, verb: str, file: str, rng: random.Random, linked=True) -> Task:
-    """facts, shown: as `drawn`. linked: whether wrong calls print the usage line, not the machine's load."""
+def tool_task(facts, shown: str, verb: str, file: str, rng: random.Random, linked=True, hangs=()) -> Task:
+    """facts, shown: as `drawn`. linked: whether wrong calls print the usage line, not the machine's load.
+    hangs: words that never come back where they are wrong."""
     other, load = rng.choice([f for f in FILES if f != file]), f"{rng.randrange(16**6):06x}"
     mute, words = "|".join(VERBS["ambient"]) if linked else "*", facts[verb]
+    never = "|".join(f"'{given}'" for given in hangs)
+    hang = f'case $given in {never}) echo "tk: waiting"; sleep 60 ;; esac' if hangs else ":"
     return Task(
         name=f"tool-{verb}-{file}-{load}", instruction=f"{verb} {file}",
         files={file: b"", other: b"", ".load": f"{load}\n".encode()},
-        tools={"tk": TOOL.format(right=cases("right", facts), shown=shown, mute=mute).encode()},
+        tools={"tk": TOOL.format(right=cases("right", facts), shown=shown, mute=mute, hang=hang).encode()},
         verify=VERIFY.format(verb=verb, words=words, file=file, other=other),
-        solution=f"tk {verb} {words} {file}",
+        solution=f"tk {verb} {words} {file}", limits=HURRIED if hangs else Limits(),
     )  # fmt: skip
 
 
 def tool_world(
     seed: int, words: int = 1, linked: float = 1.0, tells: int = 1, persist: float = 1.0,
-    usage: str = "true", family: str = "train",
+    usage: str = "true", family: str = "train", hangs: float = 0.0,
 ) -> World:  # fmt: skip
     """words: how many a call needs, 1 or 2. Raises ValueError for a dial that is out of range."""
     ranges = {
         "words": words in (1, 2), "linked": 0 <= linked <= 1, "tells": 1 <= tells <= 16,
         "persist": persist == 1 or (0 <= persist < 1 and (tells, usage) == (1, "true")),
         "usage": usage in ("true", "lying", "code"), "family": family in VERBS,
+        "hangs": 0 <= hangs < 1,
     }  # fmt: skip
     if wrong := [dial for dial, valid in ranges.items() if not valid]:
         raise ValueError(f"world:tool has no such value of {', '.join(wrong)}")
     choices = FLAGS if words == 1 else [" ".join(pair) for pair in product(FLAGS[:10], MODES)]
     facts, shown = drawn(f"tool {seed}", choices, usage, tells)
+    never = random.Random(f"hangs {seed}").sample(choices, round(hangs * len(choices)))
     rng, pairs, train = random.Random(f"tasks {seed}"), list(product(VERBS[family], FILES)), []
     rng.shuffle(pairs)
-    held_out = [tool_task(facts, shown, *pair, rng) for pair in pairs[:HELD_OUT]]
+    held_out = [tool_task(facts, shown, *pair, rng, hangs=never) for pair in pairs[:HELD_OUT]]
     # ambient output is new in every task, so that it can't be learned by heart
     for verb, file in pairs[HELD_OUT:] * (10 if family == "ambient" else 1):
         own = facts if rng.random() < persist else facts | {verb: rng.choice(choices)}
-        train.append(tool_task(own, shown, verb, file, rng, rng.random() < linked))
+        train.append(tool_task(own, shown, verb, file, rng, rng.random() < linked, never))
     telling = tuple(dict.fromkeys(word for choice in choices for word in choice.split()))
     return World(train, held_out, *agents(choices), telling=telling)
 

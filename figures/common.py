@@ -89,11 +89,12 @@ def alone(path: Path):
 def from_base(config: Config) -> Config:
     """The run, from the base policy of its world, turns, strength and seed, made if it is not there yet."""
     world = config.tasks.removeprefix("world:").split(",")[0]  # one for all dials
+    world = world if config.model == "tiny" else f"{config.model}-{world}"
     strength = f"{config.base_observation_weight:g}"
     path = RUNS / "bases" / f"{world}-{config.max_turns}-{strength}-{config.base_steps}-{config.seed}"
     with alone(path):
         if not path.exists():
-            of_base = on_this_machine(replace(config, tasks=f"world:{world}"))
+            of_base = on_this_machine(replace(config, tasks=re.sub(",.*", "", config.tasks)))
             make_base(of_base, world_of(of_base), path)
     return replace(config, model=str(path))
 

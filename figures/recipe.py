@@ -4,9 +4,9 @@ python figures/recipe.py                  prints the table, from figures/data
 python figures/recipe.py --run --jobs 1   makes the runs that are missing
 
 Three stages, every run with the same number of rollouts: learning rate x warm-up on one seed; the best two of
-each arm with three ways to deal rollouts into groups on three seeds; then lambda, with what ECHO 0.05 liked
-best. Best is the mean pass rate over the curve. A cell that loses a policy (its last pass rate is below half
-of its own best) is out.
+each arm with three ways to deal rollouts into groups on three seeds (in gnu the best one, in the groups that
+both arms liked in the hard tool); then lambda, with what ECHO 0.05 liked best. Best is the mean pass rate over
+the curve. A cell that loses a policy (its last pass rate is below half of its own best) is out.
 """
 
 from statistics import fmean
@@ -25,20 +25,24 @@ WORLDS = {  # what a world needs beside the defaults
     "gnu": {"max_action_tokens": 16, "output_chars": 320, "context": 160, "base_steps": 600},
 }
 GRID = [(rate, warmup) for rate in (1.5e-4, 3e-4, 6e-4) for warmup in (0, 20)]
-GROUPS = (8, 8), (2, 32), (8, 16)  # tasks a step, rollouts a task
+GROUPS = {"hard": ((8, 8), (2, 32), (8, 16)), "gnu": ((8, 8),)}  # tasks a step, rollouts a task
 LAMBDAS = 0.2, 1.0
-BEST_TWO: dict[tuple[str, str], list] = {  # of GRID, by world and arm: what the first stage said
+BEST_FEW: dict[tuple[str, str], list] = {  # of GRID, by world and arm: what the first stage said
     ("hard", "grpo"): [(6e-4, 20), (6e-4, 0)],
     ("hard", "echo"): [(6e-4, 20), (6e-4, 0)],
+    ("gnu", "grpo"): [(6e-4, 0)],
+    ("gnu", "echo"): [(6e-4, 0)],
 }
 BEST: dict[tuple[str, str], tuple] = {  # rate, warm-up, groups: what the second stage said
     ("hard", "grpo"): (6e-4, 20, (8, 8)),
     ("hard", "echo"): (6e-4, 20, (8, 8)),
+    ("gnu", "grpo"): (6e-4, 0, (8, 8)),
+    ("gnu", "echo"): (6e-4, 0, (8, 8)),
 }
 SHARED = {"learning_rate": 6e-4, "warmup_steps": 20, "tasks_per_step": 8, "group_size": 8}
 RECIPE = {  # of every experiment, both arms; file takes the hard tool's
     "hard": SHARED | {"max_turns": 1},
-    "gnu": SHARED | {"max_turns": 1} | WORLDS["gnu"],
+    "gnu": SHARED | {"max_turns": 1, "warmup_steps": 0} | WORLDS["gnu"],
     "file": SHARED | {"max_turns": 3, "base_steps": 600},
 }
 TUNED = {"hard": 1.0, "gnu": 0.2, "file": 1.0}  # lambda of the arm "echo"; "echo 0.05" has the paper's
@@ -65,11 +69,11 @@ def jobs() -> common.Jobs:
     for world in WORLDS:
         for cell in GRID:
             for arm in ("grpo", "echo"):
-                add(world, arm, cell, GROUPS[0], 0.05, SEEDS[0])
-    for (world, arm), cells in BEST_TWO.items():
+                add(world, arm, cell, GROUPS[world][0], 0.05, SEEDS[0])
+    for (world, arm), cells in BEST_FEW.items():
         for seed in SEEDS:
             for cell in cells:
-                for groups in GROUPS:
+                for groups in GROUPS[world]:
                     add(world, arm, cell, groups, 0.05, seed)
     for (world, arm), (rate, warmup, groups) in BEST.items():
         for seed in SEEDS:

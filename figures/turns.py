@@ -72,7 +72,8 @@ def table(lines: list[dict]) -> str:
         for name, mine in per_arm.items():
             if not mine:
                 continue
-            cells = [" → ".join(stats.interval(list(end.values())) for end in ends(mine, key)) for key in keys]
+            both = [ends(mine, key) for key in keys]
+            cells = [" → ".join(stats.interval(list(end.values())) for end in two) for two in both]
             others = stats.paired(ends(per_arm["grpo"], "turns")[1], ends(mine, "turns")[1])
             rows.append((title, learning_curves.LABELS[name], *cells, stats.interval(others)))
     return tables.table(rows)

@@ -5,8 +5,8 @@ python figures/recipe.py --run --jobs 1   makes the runs that are missing
 
 Three stages, every run with the same number of rollouts: learning rate x warm-up on one seed; the best two of
 each arm with three ways to deal rollouts into groups on three seeds (in gnu the best one, in the groups that
-both arms liked in the hard tool); then lambda, with what ECHO 0.05 liked best. Best is the mean pass rate over
-the curve. A cell that loses a policy (its last pass rate is below half of its own best) is out.
+both arms liked in the hard tool); then lambda, with what ECHO 0.05 liked best. Best is the mean pass rate
+over the curve. A cell that loses a policy (its last pass rate is below half of its own best) is out.
 """
 
 from statistics import fmean

@@ -3,8 +3,7 @@
 Everything here is text with a role; ids are made elsewhere. The template is ChatML; messages are appended and
 never rendered again, so earlier thinking stays in context. Two styles, Config's `harness`: plain, where a
 reply is one bash command as it would be typed, or the word `done`; and qwen, the paper's, where a reply is
-thinking and one tool call (harness_qwen.py).
-"""
+thinking and one tool call (harness_qwen.py)."""
 
 from dataclasses import dataclass
 

@@ -1,8 +1,7 @@
 """Roles: who wrote each token. Every mask and every loss weight is read off them.
 
 A transcript only appends. What the model sampled is stored as sampled; all other text is tokenised segment by
-segment, so a role boundary is a token boundary and nothing is ever decoded and encoded again.
-"""
+segment, so a role boundary is a token boundary and nothing is ever decoded and encoded again."""
 
 import threading
 from dataclasses import dataclass, field

@@ -1,30 +1,11 @@
 """A task: what the agent is asked, what lies in its work folder, and the script that decides the reward."""
 
-import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Limits:
-    """What one episode of a task may take. Times in seconds, sizes in MiB. ValueError names a bad field."""
-
-    command_seconds: float = 5.0  # one command
-    agent_seconds: float = 60.0  # all turns together
-    verifier_seconds: float = 5.0
-    memory_mb: int = 256  # address space of one process; a Harbor task's container has sizes of its own
-    work_mb: int = 16  # the work folder
-    processes: int = 32  # alive at one time
-
-    def __post_init__(self):
-        for limit in fields(self):
-            value, whole = getattr(self, limit.name), limit.type is int
-            if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < math.inf:
-                raise ValueError(f"{limit.name}: expected a {'whole ' * whole}number above 0, got {value!r}")
-        if self.processes < 4:
-            raise ValueError(f"processes: expected at least 4, for bash and a pipe, got {self.processes}")
+from echo_min.limits import Limits
 
 
 @dataclass(frozen=True)
@@ -47,8 +28,7 @@ class Task:
 class World:
     """A family of generated tasks; train and held_out share none. A script is what an agent types, blindly.
     The weak agent's demonstrations teach a base policy the world's form and none of its facts. The expert's
-    trajectories are never trained on; observation CE is measured on them.
-    """
+    trajectories are never trained on; observation CE is measured on them."""
 
     train: list[Task]
     held_out: list[Task]

@@ -88,13 +88,13 @@ def alone(path: Path):
 
 def from_base(config: Config) -> Config:
     """The run, from the base policy of its world, turns, strength and seed, made if it is not there yet."""
-    world = config.tasks.removeprefix("world:").split(",")[0]  # one for all dials
-    world = world if config.model == "tiny" else f"{config.model}-{world}"
-    strength = f"{config.base_observation_weight:g}"
-    path = RUNS / "bases" / f"{world}-{config.max_turns}-{strength}-{config.base_steps}-{config.seed}"
+    tasks = re.sub(",.*", "", config.tasks)  # one base for all dials
+    world = tasks.replace("world:", "" if config.model == "tiny" else f"{config.model}-")
+    made_as = config.max_turns, f"{config.base_observation_weight:g}", config.base_steps, config.seed
+    path = RUNS / "bases" / "-".join(map(str, (world, *made_as)))
     with alone(path):
         if not path.exists():
-            of_base = on_this_machine(replace(config, tasks=re.sub(",.*", "", config.tasks)))
+            of_base = on_this_machine(replace(config, tasks=tasks))
             make_base(of_base, world_of(of_base), path)
     return replace(config, model=str(path))
 
@@ -108,8 +108,7 @@ def trained(key: str, arm: str, control: str, config: Config) -> Path:
 
 
 def train_run(key: str, arm: str, control: str, config: Config) -> list[dict]:
-    """Train one arm. -> a line an evaluation, with means of the steps before, and the lines of the small
-    evaluations between them (probes.py)."""
+    """Train one arm. -> a line an evaluation, small ones (probes.py) too, with means of the steps before."""
     folder, world = trained(key, arm, control, config), world_of(config)
     about = {"key": key, "config": digest(config), "world": config.tasks.removeprefix("world:"), "arm": arm}
     about |= {"control": control} if control else {}

@@ -14,7 +14,8 @@ import threading
 import time
 from pathlib import Path
 
-from echo_min.tasks import Limits, Task
+from echo_min.limits import Limits
+from echo_min.tasks import Task
 from echo_min.terminal import TerminalDied, open_terminal
 
 TIMEOUT, ANY = "TIMEOUT", ""

@@ -386,7 +386,7 @@ MUTATIONS = {
         ("lambda of the paper", "env_weight: float = _f(0.05", "env_weight: float = _f(0.5", "config"),
         ("clip_high of the paper", "clip_high: float = _f(0.28", "clip_high: float = _f(0.2", "config"),
     ],
-    "echo_min/tasks.py": [
+    "echo_min/limits.py": [
         ('a limit that is none', 'or not 0 < value < math.inf:',
          'or False:', 'limits'),
         ('too few processes', 'if self.processes < 4:',

@@ -15,8 +15,9 @@ import train
 from echo_min import checkpoint, evaluate, report, terminal
 from echo_min.config import Config, RunEnded
 from echo_min.evaluate import Examination
+from echo_min.limits import Limits
 from echo_min.rollout import Episode, Noise, StopReason
-from echo_min.tasks import Limits, Task
+from echo_min.tasks import Task
 from echo_min.terminal import TerminalDied
 from echo_min.trials import Trial, summary
 from echo_min.worlds.registry import load_tasks

@@ -77,6 +77,6 @@ def core():
 def test_what_a_training_step_enters_can_be_read_in_an_evening(core):
     found, total = core
     assert total == sum(lines(ROOT / name) for name in found) <= CORE
-    core = """batch config echo grpo harness masking optimizer policy ranks rollout sampler tasks
+    core = """batch config echo grpo harness limits masking optimizer policy ranks rollout sampler tasks
         terminal""".split()
     assert set(found) == {"train.py", *(f"echo_min/{name}.py" for name in core)}

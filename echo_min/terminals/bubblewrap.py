@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 from echo_min.config import RunEnded
-from echo_min.tasks import Limits
+from echo_min.limits import Limits
 from echo_min.terminals import seccomp
 
 START_SECONDS = 10.0  # for a sandbox to come up on a crowded machine

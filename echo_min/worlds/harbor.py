@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from posixpath import normpath
 
-from echo_min.tasks import Limits, Task, World
+from echo_min.limits import Limits
+from echo_min.tasks import Task, World
 from echo_min.worlds.task_toml import HEALTH, mebibytes, tables_of
 
 COMMAND_SECONDS = 120.0  # one command; the format only limits all of them together

@@ -9,7 +9,8 @@ bit by bit: README.md.
 import random
 from itertools import product
 
-from echo_min.tasks import Limits, Task, World
+from echo_min.limits import Limits
+from echo_min.tasks import Task, World
 
 FLAGS = [f"-{letter}" for letter in "abcdefghijklmnopqrstuvwxyzABCDEF"]
 MODES = "bold calm cold dark firm loud mild pale soft warm".split()

@@ -386,6 +386,17 @@ MUTATIONS = {
         ("lambda of the paper", "env_weight: float = _f(0.05", "env_weight: float = _f(0.5", "config"),
         ("clip_high of the paper", "clip_high: float = _f(0.28", "clip_high: float = _f(0.2", "config"),
     ],
+    "echo_min/ranks.py": [
+        ("a share of one's own", "items[RANK::WORLD]", "items[::WORLD]", "shares"),
+        ("the order before", "parts[i % WORLD][i // WORLD]", "parts[i // len(parts[0])][i % len(parts[0])]",
+         "shares"),
+        ("as many for each", "* (-len(parts) % WORLD)", "* 0", "shares"),
+        ("blanks weigh nothing", "replace(parts[-1], **nothing)", "parts[-1]", "shares"),
+        ("gradients are added up", "        dist.all_reduce(p.grad)\n", "", "shares"),
+        ("a rank without a gradient", "torch.zeros_like(p) if p.grad is None else p.grad",
+         "torch.ones_like(p) if p.grad is None else p.grad", "shares"),
+        ("metrics of all ranks", "sum(part[name] for part in parts)", "parts[0][name]", "shares"),
+    ],
     "echo_min/limits.py": [
         ('a limit that is none', 'or not 0 < value < math.inf:',
          'or False:', 'limits'),

@@ -1,0 +1,101 @@
+"""How several processes share a batch out and add up what each made of it: two real ones, with gloo."""
+
+import os
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from echo_min import ranks
+from echo_min.batch import make_batch
+from echo_min.config import Config
+from echo_min.masking import Role
+from echo_min.rollout import Episode, StopReason
+from echo_min.worlds.registry import load_world
+
+
+def batch_of(lengths):
+    episodes = []
+    for length in lengths:
+        episode = Episode(load_world("tool", 1).train[0], 0, reward=1.0, stop=StopReason.DONE)
+        episode.transcript.append(Role.PROMPT, [1, 2])
+        episode.transcript.append(Role.ACTION, [3] * length, [-0.5] * length)
+        episode.transcript.append(Role.OBSERVATION, [4] * length)
+        episodes.append(episode)
+    return make_batch(episodes, Config())
+
+
+def rank(monkeypatch, which, world=2):
+    monkeypatch.setattr(ranks, "RANK", which)
+    monkeypatch.setattr(ranks, "WORLD", world)
+
+
+def test_shares_are_disjoint_and_whole(monkeypatch):
+    shares = []
+    for which in range(3):
+        rank(monkeypatch, which, 3)
+        shares.append(ranks.mine(list(range(8))))
+    assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
+
+
+@pytest.mark.parametrize("lengths", [[3], [3, 4], [3, 4, 5]])
+def test_every_rank_has_as_many_micro_batches_and_blanks_weigh_nothing(monkeypatch, lengths):
+    parts = [*batch_of(lengths).micro_batches(1)]
+    assert len(parts) == len(lengths)
+    found = []
+    for which in range(2):
+        rank(monkeypatch, which)
+        found.append(ranks.share(parts))
+    assert len(found[0]) == len(found[1]) == -(-len(lengths) // 2)
+    for name in ("action_mask", "observation_mask"):
+        assert sum(getattr(part, name).sum() for own in found for part in own) == sum(lengths)
+    assert {id(part) for own in found for part in own} >= {id(part) for part in parts}
+
+
+def in_two_processes(tmp_path, check):
+    children = []
+    for which in range(2):
+        if not (child := os.fork()):
+            code = 1
+            try:
+                ranks.RANK, ranks.WORLD = which, 2
+                dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=which, world_size=2)
+                check(which)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+
+
+@pytest.mark.parametrize("many", [1, 4, 5])
+def test_what_ranks_made_comes_back_in_the_order_before(tmp_path, many):
+    def check(which):
+        items = [f"episode {i}" for i in range(many)]
+        assert ranks.gather([item.upper() for item in ranks.mine(items)]) == [i.upper() for i in items]
+
+    in_two_processes(tmp_path, check)
+
+
+def test_gradients_and_metrics_are_added_up_also_where_a_rank_has_none(tmp_path):
+    def check(which):
+        model = torch.nn.Linear(2, 1)
+        torch.nn.init.ones_(model.weight)
+        (model.weight.sum() * (which + 1)).backward()
+        if which:
+            model.bias.grad = None
+        else:
+            model.bias.grad = torch.tensor([3.0])
+        total = ranks.add_up(model, {"loss": 0.5 + which, "ratio": 1.0})
+        assert total == {"loss": 2.0, "ratio": 2.0}
+        assert model.weight.grad.tolist() == [[3.0, 3.0]] and model.bias.grad.tolist() == [3.0]
+
+    in_two_processes(tmp_path, check)
+
+
+def test_one_process_changes_nothing():
+    model = torch.nn.Linear(2, 1)
+    assert ranks.add_up(model, metrics := {"loss": 1.0}) is metrics and model.weight.grad is None
+    assert ranks.gather([1, 2]) == ranks.mine([1, 2]) == [1, 2]

@@ -680,7 +680,7 @@ MUTATIONS = {
     "echo_min/terminals/grading.py": [
         ("private files", "chmod -R a+rX /work", ":", "container::private_files_are_graded"),
         ("what the agent left running", "container.close()  # what", "pass  # what",
-         "verifier::an_agent_that_stays_behind_cannot_write_its_own_reward"),
+         "verifier::a_verifier_of_its_own_sees_artifacts_alone"),
         ("the artifacts", "apart.engine.put_archive(apart.id", "len((apart.id",
          "verifier::a_verifier_of_its_own_sees_artifacts_alone"),
         ("the agent's tests", 'CLEAR.format("" if has_tests else "/tests")', 'CLEAR.format("")',

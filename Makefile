@@ -73,10 +73,10 @@ FIGURES := recipe learning_curves lambda_sweep verifier_free doses linkage rival
 	filter_curves warned turns
 .PHONY: figures reproduce reproduce-quick
 figures: .venv/ready
-	printf '%s\n' $(FIGURES) counterfactual surprise | xargs -P 2 -I{} $(PY) figures/{}.py
+	printf '%s\n' $(FIGURES) pretrained counterfactual surprise | xargs -P 2 -I{} $(PY) figures/{}.py
 
-reproduce: .venv/ready
-	for name in $(FIGURES); do $(PY) figures/$$name.py --run || exit 1; done
+reproduce: .venv/ready .venv/smollm2
+	for name in $(FIGURES) pretrained; do $(PY) figures/$$name.py --run || exit 1; done
 
 reproduce-quick: .venv/ready
 	rm -rf runs/quick

@@ -24,6 +24,7 @@ import filter_curves  # noqa: E402
 import lambda_sweep  # noqa: E402
 import learning_curves  # noqa: E402
 import linkage  # noqa: E402
+import pretrained  # noqa: E402
 import recipe  # noqa: E402
 import sft_gap  # noqa: E402
 import strong_start  # noqa: E402
@@ -38,7 +39,7 @@ from probes import KINDS  # noqa: E402
 import train  # noqa: E402
 
 SCRIPTS = recipe, learning_curves, lambda_sweep, verifier_free, doses, linkage
-SCRIPTS += strong_start, sft_gap, filter_curves, warned, turns
+SCRIPTS += strong_start, sft_gap, filter_curves, warned, turns, pretrained
 READS = {linkage: (doses, learning_curves), turns: (learning_curves,)}  # what others measured
 
 

@@ -60,7 +60,7 @@ FROZEN = {  # settings as they were when digests began: a default may change, th
 }  # fmt: skip
 MEANS = """reward command_diversity trivial_failures true_targets warning_tokens valid
     right""".split()  # over steps; valid, right: of world gnu's words
-# what says where and how a run is made; model: of every experiment a base that its other settings name
+# what says where and how a run is made; model: a base that its other settings name, or the experiment
 PLACE = """name model device threads allow_network tracker prefill_tokens logit_mb
     gradient_checkpointing""".split()
 
@@ -87,7 +87,7 @@ def alone(path: Path):
 
 
 def from_base(config: Config) -> Config:
-    """The run, from the base policy of its world, turns, strength and seed, made if it is not there yet."""
+    """The run, from the base policy of its model, world, turns, strength, steps, seed; made if not there."""
     tasks = re.sub(",.*", "", config.tasks)  # one base for all dials
     world = tasks.replace("world:", "" if config.model == "tiny" else f"{config.model}-")
     made_as = config.max_turns, f"{config.base_observation_weight:g}", config.base_steps, config.seed

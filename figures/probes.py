@@ -54,6 +54,7 @@ def probe(model, tokenizer, world: World, expert: list[Transcript], step: int, c
     found["turns"] = fmean(episode.turns for episode in graded)
     found["action_tokens"] = fmean(episode.transcript.count(Role.ACTION) for episode in graded)
     found["well_begun"] = well_begun(graded, world)
+    found["cut_off"] = fmean(cut_off(tokenizer, episode.transcript) for episode in graded)
     found["timeouts"] = fmean(episode.stop is StopReason.AGENT_TIMEOUT for episode in graded)
     if step % config.eval_every == 0:
         found |= ce_by_kind(model, tokenizer, expert, world.telling, config)
@@ -64,6 +65,12 @@ def probe(model, tokenizer, world: World, expert: list[Transcript], step: int, c
         if config.tasks.startswith("world:gnu"):
             found |= word_slots(model, tokenizer, world, config)
     return {name: round(float(value), 5) for name, value in found.items()}
+
+
+def cut_off(tokenizer, transcript: Transcript) -> int:
+    """How many commands ran into their time limit, as the harness notes after their output."""
+    notes = (transcript.ids[slice(*span)] for span in runs_of(transcript, Role.SCAFFOLD))
+    return sum("(timed out)" in tokenizer.decode(ids) for ids in notes)
 
 
 def well_begun(episodes: list[Episode], world: World) -> float:

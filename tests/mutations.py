@@ -558,7 +558,7 @@ MUTATIONS = {
         ("the distractor", "&& ! -s {other} ]]", "]]", "worlds"),
         ("what the terminal tells", "shown=$right", "shown=", "worlds"),
         ("how many words hang", "round(hangs * len(choices))", "round(hangs)", "worlds"),
-        ("time for one that hangs", "agent_seconds=3.6", "agent_seconds=4.6", "worlds"),
+        ("time for one that hangs", "agent_seconds=5.8", "agent_seconds=6.8", "worlds"),
     ],
     "echo_min/worlds/file.py": [
         ("`remove` ignores `out`", "! -e {file} && ! -e out", "! -e {file}", "worlds"),

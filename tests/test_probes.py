@@ -136,12 +136,21 @@ def test_well_begun_is_the_share_whose_first_command_calls_a_program_of_the_expe
     assert probes.well_begun([Episode(world.train[0], 0, commands=["done"])], world) == 0
 
 
+def test_commands_that_were_cut_off_are_counted_and_output_that_says_so_is_not():
+    tokenizer = tiny_tokenizer([])
+    late = (Role.ACTION, "b"), (Role.OBSERVATION, "x"), (Role.SCAFFOLD, "(exit_code=124)(timed out)")
+    segments = [(Role.ACTION, "a"), (Role.OBSERVATION, "(timed out)\n"), (Role.SCAFFOLD, "(exit_code=0)")]
+    for times in range(3):
+        played = transcript(tokenizer, *segments, *late * times)
+        assert probes.cut_off(tokenizer, played) == times
+
+
 def test_a_probe_of_a_real_policy_holds_every_number(gnu):
     model, tokenizer, world, config = gnu
     expert = expert_transcripts(tokenizer, world, config)
     full = probes.probe(model, tokenizer, world, expert, 5, config)
     small = probes.probe(model, tokenizer, world, expert, 4, config)
-    assert set(small) == {"pass_rate_few", "turns", "action_tokens", "well_begun", "timeouts"}
+    assert set(small) == {"pass_rate_few", "turns", "action_tokens", "well_begun", "timeouts", "cut_off"}
     slots = {"slot_first", "slot_others", "slot_refused", "slot_goal", "ceiling"}
     assert full["ceiling"] == pytest.approx(gnu_words.ceiling(world.held_out), abs=1e-5)
     ces = {"ce_echoed", "ce_telling", "ce_template"}

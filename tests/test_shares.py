@@ -2,6 +2,7 @@
 
 import os
 import traceback
+from datetime import timedelta
 
 import pytest
 import torch
@@ -54,13 +55,13 @@ def test_every_rank_has_as_many_micro_batches_and_blanks_weigh_nothing(monkeypat
 
 
 def in_two_processes(tmp_path, check):
-    children = []
+    children, patience = [], timedelta(seconds=60)
     for which in range(2):
         if not (child := os.fork()):
             code = 1
             try:
                 ranks.RANK, ranks.WORLD = which, 2
-                dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=which, world_size=2)
+                dist.init_process_group("gloo", f"file://{tmp_path}/store", patience, 2, which)
                 check(which)
                 code = 0
             except BaseException:

@@ -28,7 +28,7 @@ query roast sweep tidy""".split(),
 }
 HELD_OUT = 200
 
-HURRIED = Limits(command_seconds=2.0, agent_seconds=3.6)  # where calls hang: two of them and the time is up
+HURRIED = Limits(command_seconds=3.0, agent_seconds=5.8)  # where calls hang: time for one that does
 
 # One case a verb: $right is its words. $given is what the call says instead.
 TOOL = """#!/bin/sh

@@ -18,8 +18,9 @@ KEYS = {"p_valid": "P(a valid word)", "p_right": "P(the right word, given a vali
 def exact(line: dict) -> dict:
     """What a full evaluation measured at the word's place (probes.word_slots), as the two probabilities."""
     valid = line["slot_first"] + line["slot_others"]
-    shares = {"p_right": "slot_goal", "p_first": "slot_first"}
-    return line | {"p_valid": valid} | {k: line[slot] / valid if valid else 0.0 for k, slot in shares.items()}
+    right, first = (line[name] / valid if valid else 0.0 for name in ("slot_goal", "slot_first"))
+    missed = (valid - line["slot_goal"]) / (1 - line["slot_goal"]) if line["slot_goal"] < 1 else 0.0
+    return line | {"p_valid": valid, "p_right": right, "p_first": first, "p_missed": missed}
 
 
 def verdicts(lines: list[dict], arm: str) -> tuple[list[float], str, list[float], str]:
@@ -63,7 +64,8 @@ def draw(lines: list[dict], arms: tuple[str, ...], labels: dict) -> dict[str, st
 
 def table(lines: list[dict], arms: tuple[str, ...], labels: dict) -> str:
     rows = [("arm", "P(valid), base", "last", "minus GRPO's, curve", "", "P(right given valid), base", "last",
-             "minus GRPO's, curve", "", "P(first listed given valid): base → last",
+             "minus GRPO's, curve", "", "P(valid given not right): base → last",
+             "P(first listed given valid): base → last",
              "sampled commands: valid, last 25 steps", "ceiling by the lists")]  # fmt: skip
     last = max(line["step"] for line in lines)
     for name in arms:
@@ -73,8 +75,9 @@ def table(lines: list[dict], arms: tuple[str, ...], labels: dict) -> str:
             ends = [stats.by_seed(mine, key, step=step) for step in (0, last)]
             cells += [stats.interval(list(values.values())) for values in ends]
             cells += [stats.interval(differences), said]
-        ends = (stats.by_seed(mine, "p_first", step=step) for step in (0, last))
-        cells.append(" → ".join(stats.interval(list(values.values())) for values in ends))
+        for key in ("p_missed", "p_first"):
+            ends = (stats.by_seed(mine, key, step=step) for step in (0, last))
+            cells.append(" → ".join(stats.interval(list(values.values())) for values in ends))
         for key in ("valid", "ceiling"):
             cells.append(stats.interval(list(stats.by_seed(mine, key, step=last).values())))
         rows.append([labels[name], *cells])

@@ -134,7 +134,7 @@ def test_gnu_says_what_is_valid_and_what_is_right_given_that():
     line = {"slot_first": 0.1, "slot_others": 0.3, "slot_refused": 0.5, "slot_goal": 0.2}
     found = gnu_curves.exact(line)
     assert (found["p_valid"], found["p_right"]) == (pytest.approx(0.4), pytest.approx(0.5))
-    assert found["p_first"] == pytest.approx(0.25)
+    assert (found["p_first"], found["p_missed"]) == (pytest.approx(0.25), pytest.approx(0.2 / 0.8))
     assert gnu_curves.exact(dict.fromkeys(line, 0.0))["p_right"] == 0.0
 
 

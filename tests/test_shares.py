@@ -1,7 +1,5 @@
 """How several processes share a batch out and add up what each made of it: two real ones, with gloo."""
 
-import os
-import traceback
 from datetime import timedelta
 
 import pytest
@@ -54,46 +52,22 @@ def test_every_rank_has_as_many_micro_batches_and_blanks_weigh_nothing(monkeypat
     assert {id(part) for own in found for part in own} >= {id(part) for part in parts}
 
 
-def in_two_processes(tmp_path, check):
-    children, patience = [], timedelta(seconds=60)
-    for which in range(2):
-        if not (child := os.fork()):
-            code = 1
-            try:
-                ranks.RANK, ranks.WORLD = which, 2
-                dist.init_process_group("gloo", f"file://{tmp_path}/store", patience, 2, which)
-                check(which)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            os._exit(code)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
-
-
-@pytest.mark.parametrize("many", [1, 4, 5])
-def test_what_ranks_made_comes_back_in_the_order_before(tmp_path, many):
-    def check(which):
+def one_of_two(which, store):
+    ranks.RANK, ranks.WORLD = which, 2
+    dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=60), 2, which)
+    for many in (1, 4, 5):
         items = [f"episode {i}" for i in range(many)]
         assert ranks.gather([item.upper() for item in ranks.mine(items)]) == [i.upper() for i in items]
+    model = torch.nn.Linear(2, 1)
+    model.weight.grad = torch.full((1, 2), which + 1.0)
+    model.bias.grad = None if which else torch.tensor([3.0])
+    assert ranks.add_up(model, {"loss": 0.5 + which, "ratio": 1.0}) == {"loss": 2.0, "ratio": 2.0}
+    assert model.weight.grad.tolist() == [[3.0, 3.0]] and model.bias.grad.tolist() == [3.0]
+    dist.destroy_process_group()
 
-    in_two_processes(tmp_path, check)
 
-
-def test_gradients_and_metrics_are_added_up_also_where_a_rank_has_none(tmp_path):
-    def check(which):
-        model = torch.nn.Linear(2, 1)
-        torch.nn.init.ones_(model.weight)
-        (model.weight.sum() * (which + 1)).backward()
-        if which:
-            model.bias.grad = None
-        else:
-            model.bias.grad = torch.tensor([3.0])
-        total = ranks.add_up(model, {"loss": 0.5 + which, "ratio": 1.0})
-        assert total == {"loss": 2.0, "ratio": 2.0}
-        assert model.weight.grad.tolist() == [[3.0, 3.0]] and model.bias.grad.tolist() == [3.0]
-
-    in_two_processes(tmp_path, check)
+def test_what_ranks_made_comes_back_in_order_and_gradients_and_metrics_are_added_up(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (tmp_path / "store",), nprocs=2)  # ends both when one fails
 
 
 def test_one_process_changes_nothing():

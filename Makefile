@@ -68,8 +68,7 @@ gpu: $(if $(filter .venv/bin/python,$(PY)),.venv/bench)
 	$(PY) figures/gpu.py
 
 # figures draws from the committed data, and fails if a table in figures/README.md is not theirs; reproduce makes
-# what is missing of them (hours), reproduce-quick tries every kind of run, SmolLM2's
-# apart, at a toy size.
+# what is missing of them (hours), reproduce-quick tries every kind of run but SmolLM2's at a toy size.
 FIGURES := recipe learning_curves lambda_sweep verifier_free doses linkage rival_curves strong_start sft_gap \
 	filter_curves warned hanging
 .PHONY: figures reproduce reproduce-quick

@@ -1,7 +1,7 @@
 """Batched sampling with a key-value cache that lives across an episode's turns: no token is ever fed twice.
 
 Rows have different lengths and are not padded on the left: each row writes at its own position. A short row's
-padding lands beyond its end, where no query looks (key position <= query's) before it is overwritten."""
+padding lands beyond its end, where no query looks (none looks ahead) before it is overwritten."""
 
 from math import isfinite
 

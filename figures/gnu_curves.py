@@ -64,10 +64,10 @@ def draw(lines: list[dict], arms: tuple[str, ...], labels: dict) -> dict[str, st
 
 def table(lines: list[dict], arms: tuple[str, ...], labels: dict) -> str:
     rows = [("arm", "P(valid), base", "last", "minus GRPO's, curve", "", "P(right given valid), base", "last",
-             "minus GRPO's, curve", "", "P(valid given not right): base → last",
+             "minus GRPO's, curve", "", "P(valid given not right): base → last", "minus GRPO's, curve",
              "P(first listed given valid): base → last",
              "sampled commands: valid, last 25 steps", "ceiling by the lists")]  # fmt: skip
-    last = max(line["step"] for line in lines)
+    last, after = max(line["step"] for line in lines), [line for line in lines if line["step"] > 0]
     for name in arms:
         mine, cells = stats.of(lines, "gnu", name), []
         found = verdicts(lines, name) if name != "grpo" else ([], "", [], "")
@@ -75,9 +75,11 @@ def table(lines: list[dict], arms: tuple[str, ...], labels: dict) -> str:
             ends = [stats.by_seed(mine, key, step=step) for step in (0, last)]
             cells += [stats.interval(list(values.values())) for values in ends]
             cells += [stats.interval(differences), said]
-        for key in ("p_missed", "p_first"):
-            ends = (stats.by_seed(mine, key, step=step) for step in (0, last))
-            cells.append(" → ".join(stats.interval(list(values.values())) for values in ends))
+        keys = "p_missed", "p_first"
+        pairs = ([list(stats.by_seed(mine, key, step=step).values()) for step in (0, last)] for key in keys)
+        missed, first = (" → ".join(map(stats.interval, ends)) for ends in pairs)
+        both = (stats.by_seed(stats.of(after, "gnu", one), "p_missed") for one in ("grpo", name))
+        cells += [missed, stats.interval(stats.paired(*both)) if name != "grpo" else "–", first]
         for key in ("valid", "ceiling"):
             cells.append(stats.interval(list(stats.by_seed(mine, key, step=last).values())))
         rows.append([labels[name], *cells])

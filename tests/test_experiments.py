@@ -154,6 +154,17 @@ def test_the_predictions_of_gnu_are_judged_by_intervals(valid, right, said):
     assert (of_valid, of_right) == said
 
 
+def test_validity_of_misses_is_compared_with_grpo_after_step_0():
+    lines = []
+    for name, missed in (("grpo", [0.9, 0.1, 0.3]), ("echo", [0.0, 0.4, 0.6])):
+        rates = dict.fromkeys(("p_valid", "p_right", "p_first", "ceiling", "valid"), [0.5] * 3)
+        for seed in (1, 2):
+            lines += run(f"gnu/{name}/{seed}", 0, 25, 50, **rates, p_missed=missed)
+    grpo, echo = gnu_curves.table(lines, ("grpo", "echo"), {"grpo": "G", "echo": "E"}).splitlines()[2:4]
+    assert " | 0.900 ± 0.000 → 0.300 ± 0.000 | – | " in grpo
+    assert " | 0.000 ± 0.000 → 0.600 ± 0.000 | 0.300 ± 0.000 | " in echo
+
+
 # ---- lambda_sweep, doses, verifier_free ----
 
 

@@ -60,19 +60,21 @@ def cases(variable: str, table: dict[str, str]) -> str:
     return "\n".join(f'"{key}") {variable}="{value}" ;;' for key, value in table.items())
 
 
-def tool_task(facts, shown: str, verb: str, file: str, rng: random.Random, linked=True, hangs=()) -> Task:
+def tool_task(
+    facts: dict, shown: str, verb: str, file: str, rng: random.Random, linked=True, hanging=()
+) -> Task:  # fmt: skip
     """facts, shown: as `drawn`. linked: whether wrong calls print the usage line, not the machine's load.
-    hangs: words that never come back where they are wrong."""
+    hanging: words that never come back where they are wrong."""
     other, load = rng.choice([f for f in FILES if f != file]), f"{rng.randrange(16**6):06x}"
     mute, words = "|".join(VERBS["ambient"]) if linked else "*", facts[verb]
-    never = "|".join(f"'{given}'" for given in hangs)
-    hang = f'case $given in {never}) echo "tk: waiting"; sleep 60 ;; esac' if hangs else ":"
+    pattern = "|".join(f"'{given}'" for given in hanging)
+    hang = f'case $given in {pattern}) echo "tk: waiting"; sleep 60 ;; esac' if hanging else ":"
     return Task(
         name=f"tool-{verb}-{file}-{load}", instruction=f"{verb} {file}",
         files={file: b"", other: b"", ".load": f"{load}\n".encode()},
         tools={"tk": TOOL.format(right=cases("right", facts), shown=shown, mute=mute, hang=hang).encode()},
         verify=VERIFY.format(verb=verb, words=words, file=file, other=other),
-        solution=f"tk {verb} {words} {file}", limits=HURRIED if hangs else Limits(),
+        solution=f"tk {verb} {words} {file}", limits=HURRIED if hanging else Limits(),
     )  # fmt: skip
 
 
@@ -91,14 +93,14 @@ def tool_world(
         raise ValueError(f"world:tool has no such value of {', '.join(wrong)}")
     choices = FLAGS if words == 1 else [" ".join(pair) for pair in product(FLAGS[:10], MODES)]
     facts, shown = drawn(f"tool {seed}", choices, usage, tells)
-    never = random.Random(f"hangs {seed}").sample(choices, round(hangs * len(choices)))
+    hanging = random.Random(f"hangs {seed}").sample(choices, round(hangs * len(choices)))
     rng, pairs, train = random.Random(f"tasks {seed}"), list(product(VERBS[family], FILES)), []
     rng.shuffle(pairs)
-    held_out = [tool_task(facts, shown, *pair, rng, hangs=never) for pair in pairs[:HELD_OUT]]
+    held_out = [tool_task(facts, shown, *pair, rng, hanging=hanging) for pair in pairs[:HELD_OUT]]
     # ambient output is new in every task, so that it can't be learned by heart
     for verb, file in pairs[HELD_OUT:] * (10 if family == "ambient" else 1):
         own = facts if rng.random() < persist else facts | {verb: rng.choice(choices)}
-        train.append(tool_task(own, shown, verb, file, rng, rng.random() < linked, never))
+        train.append(tool_task(own, shown, verb, file, rng, rng.random() < linked, hanging))
     telling = tuple(dict.fromkeys(word for choice in choices for word in choice.split()))
     return World(train, held_out, *agents(choices), telling=telling)
 

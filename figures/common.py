@@ -99,17 +99,18 @@ def from_base(config: Config) -> Config:
     return replace(config, model=str(path))
 
 
-def trained(key: str, arm: str, control: str, config: Config) -> Path:
+def trained(key: str, arm: str, control: str, config: Config, few_every: int = 0) -> Path:
     """Train one arm, or what is left of it. -> the run's folder"""
     run = replace(config, name=key.replace("/", "-").replace(" ", "-"), arms=arm, control=control or "probes")
-    watched = probes.watched(controls.named(control), world_of(config), config)
+    watched = probes.watched(controls.named(control), world_of(config), config, few_every)
     train.main(run, RUNS / key, control=watched)
     return RUNS / key
 
 
-def train_run(key: str, arm: str, control: str, config: Config) -> list[dict]:
-    """Train one arm. -> a line an evaluation, small ones (probes.py) too, with means of the steps before."""
-    folder, world = trained(key, arm, control, config), world_of(config)
+def train_run(key: str, arm: str, control: str, config: Config, few_every: int = 0) -> list[dict]:
+    """Train one arm. few_every: steps from one small evaluation (probes.py) to the next; 0: only with the
+    full ones. -> a line an evaluation, small ones too, with means of the steps before."""
+    folder, world = trained(key, arm, control, config, few_every), world_of(config)
     about = {"key": key, "config": digest(config), "world": config.tasks.removeprefix("world:"), "arm": arm}
     about |= {"control": control} if control else {}
     about |= {"env_weight": config.env_weight if arm != "grpo" else 0.0, "seed": config.seed}
@@ -230,9 +231,8 @@ def as_asked(jobs: Jobs, *also: str) -> Jobs:
 
 def run_all(commands: list[list[str]], at_a_time: int) -> None:
     """Run each command in a process of its own; show the time left."""
-    waiting, running, started, done = list(commands), {}, time.time(), 0
+    waiting, running, started, done, failed = list(commands), {}, time.time(), 0, []
     (ROOT / RUNS).mkdir(parents=True, exist_ok=True)
-    failed = []
     while waiting or running:
         while waiting and len(running) < at_a_time:
             command = waiting.pop(0)

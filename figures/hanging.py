@@ -23,7 +23,7 @@ from echo_min.config import Config
 
 EXPERIMENT = "hanging"
 SEEDS, STEPS = (71, 72, 73), 75
-STEPS_SHOWN = 25
+STEPS_SHOWN, FEW_EVERY = 25, 5  # steps; from one small evaluation to the next
 PANELS = {  # key of a line -> (title, where it can end)
     "pass_rate_few": ("pass rate, sampled", 1),
     "cut_off": ("calls cut off, an episode", inf),
@@ -43,7 +43,7 @@ def jobs() -> common.Jobs:
 
 
 def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
-    return common.train_run(key, arm, control, common.from_base(config))
+    return common.train_run(key, arm, control, common.from_base(config), FEW_EVERY)
 
 
 def draw(lines: list[dict]) -> dict[str, str]:

@@ -3,14 +3,16 @@
 python figures/lambda_sweep.py          redraws the picture and prints the tables, from figures/data
 python figures/lambda_sweep.py --run    makes the runs that are missing
 
-A lambda collapses where the last pass rate, mean over seeds, is below half of lambda 0's. How: commands are
+In gnu and files the runs with lambda 0, 0.05 and the tuned one are the first steps of learning_curves.py's.
+A run collapses if its last pass rate is below half of that of lambda 0 from the same base. How: commands are
 preferred whose output the policy can predict (most rollouts of the last steps fail with an output CE below
-0.1), or words are destroyed (most first commands call no program that the expert calls).
+0.1), or words are destroyed (most first commands call no program that the expert calls), or neither.
 """
 
 from statistics import fmean
 
 import common
+import learning_curves
 import matplotlib.pyplot as plt
 import numpy as np
 import recipe
@@ -21,13 +23,16 @@ import tables
 from echo_min.config import Config
 
 EXPERIMENT = "lambda_sweep"
-SEEDS = 11, 12, 13
+SEEDS = {"hard": (11, 12, 13), "gnu": (1, 2, 3), "file": (1, 2, 3)}
 STEPS = {"hard": 75, "gnu": 75, "file": 50}
 BASES = {  # (world, name) -> weight of the observations when its base was made, lambdas
     **{(world, "moderate"): (0.3, (0.0, 0.01, 0.05, 0.2, 1.0, 5.0, 20.0)) for world in STEPS},
     ("hard", "high"): (0.0, (0.0, 0.001, 0.05, 1.0)),  # never saw terminal text: its observation CE is high
 }
-ROWS = {  # of the picture: means over all evaluations after step 0
+LENT = {  # world -> {lambda: the arm of learning_curves.py that has it}
+    world: {0.0: "grpo", 0.05: "echo 0.05", recipe.TUNED[world]: "echo"} for world in ("gnu", "file")
+}
+ROWS = {  # of the picture: means over all full evaluations after step 0
     "pass_rate": "pass rate",
     "observation_ce": "observation CE on the\nexpert's episodes, nats a token",
     "well_begun": "first commands that call\na program of the expert's",
@@ -37,9 +42,11 @@ ROWS = {  # of the picture: means over all evaluations after step 0
 
 def jobs() -> common.Jobs:
     found = {}
-    for seed in SEEDS:
-        for (world, name), (base_weight, weights) in BASES.items():
+    for (world, name), (base_weight, weights) in BASES.items():
+        for seed in SEEDS[world]:
             for weight in weights:
+                if weight in LENT.get(world, {}):
+                    continue
                 more = {"steps": STEPS[world], "base_observation_weight": base_weight}
                 config = recipe.config(world, weight, seed, **more)
                 found[f"{world}/{name}/{weight:g}/{seed}"] = "echo" if weight else "grpo", "", config
@@ -53,39 +60,61 @@ def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
 # ---- numbers ----
 
 
+def lent() -> list[dict]:
+    """The lines of LENT, cut at STEPS, under the keys that these runs would have here."""
+    known, found = common.load(learning_curves.EXPERIMENT, common.as_asked(learning_curves.jobs())), []
+    for world, arms in LENT.items():
+        for weight, name in arms.items():
+            for line in stats.of(known, world, name):
+                if line["seed"] in SEEDS[world] and line["step"] <= STEPS[world]:
+                    found.append(line | {"key": f"{world}/moderate/{weight:g}/{line['seed']}"})
+    return found
+
+
 def curve(lines: list[dict], world: str, name: str, weight: float, key: str) -> dict[int, float]:
-    """seed -> mean over what was measured after step 0."""
+    """seed -> mean over the full evaluations after step 0."""
     mine = stats.of(lines, world, name, f"{weight:g}")
-    return stats.by_seed([line for line in mine if line["step"] > 0], key)
+    return stats.by_seed([line for line in mine if line["step"] > 0 and "pass_rate" in line], key)
 
 
-def last(lines: list[dict], world: str, name: str, weight: float, key: str) -> float:
-    """Mean over seeds after the last step; nan if there is none."""
-    values = stats.by_seed(stats.of(lines, world, name, f"{weight:g}"), key, step=STEPS[world])
-    return fmean(values.values()) if values else float("nan")
+def last(lines: list[dict], world: str, name: str, weight: float, key: str) -> dict[int, float]:
+    """seed -> after the last step."""
+    return stats.by_seed(stats.of(lines, world, name, f"{weight:g}"), key, step=STEPS[world])
 
 
-def collapse(lines: list[dict], world: str, name: str, weight: float) -> str:
-    """How this lambda destroys the policy; empty if it does not."""
+def collapse(lines: list[dict], world: str, name: str, weight: float) -> tuple[list[int], str]:
+    """-> the seeds whose run collapses at this lambda, and how; ([], "") if none does."""
     reached, without = (last(lines, world, name, w, "pass_rate") for w in (weight, 0.0))
-    if not reached < without / 2:
-        return ""
-    if last(lines, world, name, weight, "trivial_failures") > 0.5:
-        return "predictable commands preferred"
-    return "words destroyed" if last(lines, world, name, weight, "well_begun") < 0.5 else "otherwise"
+    lost = [seed for seed in reached if seed in without and reached[seed] < without[seed] / 2]
+    if not lost:
+        return [], ""
+    ends = {key: last(lines, world, name, weight, key) for key in ("trivial_failures", "well_begun")}
+    shares = {key: fmean(values.get(seed, float("nan")) for seed in lost) for key, values in ends.items()}
+    if shares["trivial_failures"] > 0.5:
+        return lost, "predictable commands preferred"
+    return lost, "words destroyed" if shares["well_begun"] < 0.5 else "well formed and wrong"
+
+
+def lead(lines: list[dict], world: str, name: str, weight: float) -> list[float]:
+    """Of this lambda's curve on that of lambda 0, paired by seed."""
+    return stats.paired(*(curve(lines, world, name, w, "pass_rate") for w in (0.0, weight)))
 
 
 def headline(lines: list[dict]) -> str:
     said = []
     for (world, name), (_, weights) in BASES.items():
-        curves = {w: curve(lines, world, name, w, "pass_rate").values() for w in weights}
-        means = {w: fmean(values) for w, values in curves.items() if values}
-        if not means:
-            continue
-        best = max(means, key=means.get)
-        lost = [f"{w:g} ({how})" for w in weights if (how := collapse(lines, world, name, w))]
-        ends = f"collapse at {', '.join(lost)}" if lost else "no collapse"
-        said.append(f"{world}, base with {name} observation CE: best {best:g}, {ends}")
+        ahead, lost = [], []
+        for weight in weights[1:]:
+            if len(found := lead(lines, world, name, weight)) > 1:
+                mean, half = stats.mean_interval(found)
+                ahead += [f"{weight:g}"] * (mean > half)
+            seeds, how = collapse(lines, world, name, weight)
+            runs = len(last(lines, world, name, weight, "pass_rate"))
+            lost += [f"{weight:g} ({how}, {len(seeds)} of {runs})"] * (2 * len(seeds) > runs)
+        if stats.of(lines, world, name):
+            leads = f"ahead of lambda 0: {', '.join(ahead) or 'none'}"
+            ends = f"most runs collapse: {', '.join(lost) or 'at none'}"
+            said.append(f"{world}, base with {name} observation CE: {leads}; {ends}")
     return "\n".join(said)
 
 
@@ -98,7 +127,8 @@ def place(weight: float) -> float:
 
 
 def draw(lines: list[dict]) -> dict[str, str]:
-    fig, axes = plt.subplots(len(ROWS), len(STEPS), figsize=(12, 11.5), sharex=True, sharey="row")
+    lines = lines + lent()
+    fig, axes = plt.subplots(len(ROWS), len(STEPS), figsize=(12, 11.5), sharex=True)
     every = sorted({weight for _, weights in BASES.values() for weight in weights})
     for ax, label in zip(axes[:, 0], ROWS.values(), strict=True):
         ax.set_ylabel(label)
@@ -122,26 +152,34 @@ def draw(lines: list[dict]) -> dict[str, str]:
         column[0].set_title(f"{world}, {STEPS[world]} steps, {seeds}", fontsize=10)
         column[-1].set_xticks([place(w) for w in every], [f"{w:g}" for w in every], rotation=45)
         column[-1].set_xlabel("lambda")
-    for ax in axes[:, 0]:
-        ax.set_ylim(bottom=0)  # and that of its row
-    fig.suptitle(f"{headline(lines)}\nmeans over all evaluations after step 0", fontsize=10)
+    for ax in axes.flat:
+        ax.set_ylim(bottom=0)
+    for row, key in zip(axes, ROWS, strict=True):
+        for ax in row if key != "observation_ce" else ():
+            ax.set_ylim(top=1.02)
+    fig.suptitle(f"{headline(lines)}\nmeans over all full evaluations after step 0", fontsize=10)
     style.legend(fig, axes.flat, 0.03, ncols=3)
     common.save(fig, EXPERIMENT)
     return {EXPERIMENT: table(lines)}
 
 
 def table(lines: list[dict]) -> str:
-    rows = [("world", "base", "lambda", "pass rate, curve", "observation CE, curve", "last pass rate",
-             "first commands well begun, last", "failures foreseen, last", "collapse")]  # fmt: skip
+    rows = [("world", "base", "lambda", "pass rate, curve", "minus lambda 0, paired", "last pass rate",
+             "observation CE, curve", "first commands well begun, last", "failures foreseen, last",
+             "runs that collapse")]  # fmt: skip
     for (world, name), (_, weights) in BASES.items():
         for weight in weights:
-            if not stats.of(lines, world, name, f"{weight:g}"):
+            if not (mine := stats.of(lines, world, name, f"{weight:g}")):
                 continue
+            lost, how = collapse(lines, world, name, weight)
             own = [curve(lines, world, name, weight, key) for key in ("pass_rate", "observation_ce")]
-            cells = [stats.interval(list(values.values())) for values in own]
-            for key in ("pass_rate", "well_begun", "trivial_failures"):
-                cells.append(f"{last(lines, world, name, weight, key):.3f}")
-            rows.append([world, name, f"{weight:g}", *cells, collapse(lines, world, name, weight)])
+            ends = [last(lines, world, name, weight, key) for key in ("pass_rate", *list(ROWS)[2:])]
+            curves, ces = (stats.interval(list(values.values())) for values in own)
+            rate, *shares = (stats.interval(list(values.values())) for values in ends)
+            leads = stats.interval(lead(lines, world, name, weight)) if weight else "–"
+            runs = len({line["seed"] for line in mine})
+            lost = f"{len(lost)} of {runs}: {how}" if lost else f"0 of {runs}"
+            rows.append([world, name, f"{weight:g}", curves, leads, rate, ces, *shares, lost])
     return tables.table(rows)
 
 

@@ -54,6 +54,7 @@ CONTRASTS = [  # (world, arm, the arm taken from it), paired by seed; Holm's cor
     *[("hard", "echo 0.05", control) for control in CONTROLS],
 ]
 PASS_AT_8 = 100  # held-out tasks
+FEW_EVERY = 5  # steps from one small evaluation to the next
 WINDOW = 5  # small evaluations whose mean counts as one point of the curve; only whole windows
 
 
@@ -70,7 +71,7 @@ def jobs() -> common.Jobs:
 
 
 def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
-    lines = common.train_run(key, arm, control, common.from_base(config))
+    lines = common.train_run(key, arm, control, common.from_base(config), FEW_EVERY)
     model, tokenizer = load_policy(checkpoint.latest(common.RUNS / key / arm)[1])
     tasks = common.world_of(config).held_out[: min(PASS_AT_8, config.eval_tasks)]
     noise = Noise.PASS_AT_K, config.seed

@@ -1,7 +1,7 @@
 """What an experiment asks a policy beside train.py's own evaluations: `watched` goes where a control goes.
 
-Every few steps the small evaluation: a sampled rollout of a few held-out tasks. At every full evaluation
-also, on the expert's episodes, the cross-entropy of what the terminal printed by kind of token, and by how
+The small evaluation, at every full one and where an experiment asks for more: a sampled rollout of a few
+held-out tasks. At every full evaluation also, on the expert's episodes, the cross-entropy of what the terminal printed by kind of token, and by how
 much the true output is likelier after the true command than after another episode's; the cross-entropy of
 warnings; in world gnu what may stand at the word's place. A line holds `probe`, with the number of steps that
 the policy had made; run folders are not kept, these lines are.
@@ -22,12 +22,13 @@ from echo_min.masking import Role, Segment, Transcript, encode
 from echo_min.rollout import Episode, Noise, StopReason, sample_episodes
 from echo_min.tasks import World
 
-EVERY, FEW = 5, 50  # steps, held-out tasks
+FEW = 50  # held-out tasks
 KINDS = "echoed", "telling", "template"
 
 
-def watched(control, world: World, config: Config):
-    """control(batch, context) or None -> one that also puts the numbers in the step's line."""
+def watched(control, world: World, config: Config, every: int = 0):
+    """control(batch, context) or None -> one that also puts the numbers in the step's line, those of a small
+    evaluation every so many steps; 0: with the full ones only."""
     expert = None
 
     def watching(batch, context):
@@ -35,7 +36,7 @@ def watched(control, world: World, config: Config):
         if config.tasks.startswith("world:gnu"):
             found = gnu_words.shares(context.episodes)
             context.metrics |= {name: value for name, value in found.items() if value == value}
-        if context.step % EVERY == 0:
+        if context.step % (every or config.eval_every) == 0:
             expert = expert or expert_transcripts(context.tokenizer, world, config)
             numbers = probe(context.model, context.tokenizer, world, expert, context.step, config)
             context.metrics["probe"] = {"step": context.step} | numbers

@@ -178,10 +178,42 @@ def test_a_collapse_is_said_and_how():
     lines = swept(0.0, 0.4) + swept(1.0, 0.21) + swept(5.0, 0.1, 0.1) + swept(20.0, 0.0, 0.4, 0.6)
     lines += swept(0.01, 0.1)
     found = {w: lambda_sweep.collapse(lines, "hard", "moderate", w) for w in (0.0, 1.0, 5.0, 20.0, 0.01, 0.2)}
-    assert found == {0.0: "", 1.0: "", 5.0: "words destroyed", 20.0: "predictable commands preferred",
-                     0.01: "otherwise", 0.2: ""}  # fmt: skip
+    assert found == {0.0: ([], ""), 1.0: ([], ""), 5.0: ([11], "words destroyed"),
+                     20.0: ([11], "predictable commands preferred"), 0.01: ([11], "well formed and wrong"),
+                     0.2: ([], "")}  # fmt: skip
     assert lambda_sweep.curve(lines, "hard", "moderate", 1.0, "pass_rate") == {11: pytest.approx(0.305)}
-    assert "hard, base with moderate observation CE: best 0, collapse at 0.01" in lambda_sweep.headline(lines)
+    small = [{"key": "hard/moderate/1/11", "seed": 11, "step": 60, "well_begun": 0.0}]
+    assert lambda_sweep.curve(lines + small, "hard", "moderate", 1.0, "well_begun") == {11: 0.95}
+
+
+def test_a_collapse_is_each_seeds_own_and_a_lead_paired():
+    lines = []
+    for seed, without, high, low in ((11, 0.4, 0.1, 0.6), (12, 0.1, 0.06, 0.31), (13, 0.3, 0.14, 0.49)):
+        for weight, rate in ((0.0, without), (5.0, high), (1.0, low)):
+            lines += run(f"hard/moderate/{weight:g}/{seed}", 75, pass_rate=[rate], well_begun=[1.0],
+                         trivial_failures=[0.0])  # fmt: skip
+    assert lambda_sweep.collapse(lines, "hard", "moderate", 5.0) == ([11, 13], "well formed and wrong")
+    said = lambda_sweep.headline(lines)
+    assert said.startswith("hard, base with moderate observation CE: ahead of lambda 0: 1; most runs")
+    assert "most runs collapse: 5 (well formed and wrong, 2 of 3)" in said and "20" not in said
+
+
+def test_runs_that_the_headline_made_are_cut_and_not_made_again(monkeypatch):
+    lines = run("gnu/echo/1", 25, 75, 100, pass_rate=[0.1, 0.2, 0.9]) + run("gnu/echo/4", 25, pass_rate=[0.5])
+    lines += run("file/grpo/2", 25, 50, 75, pass_rate=[0.3, 0.4, 0.9]) + run("hard/echo/1", 25, pass_rate=[1])
+    monkeypatch.setattr(lambda_sweep.common, "load", lambda *_: lines)
+    found = {(line["key"], line["step"]): line["pass_rate"] for line in lambda_sweep.lent()}
+    assert found == {("gnu/moderate/0.2/1", 25): 0.1, ("gnu/moderate/0.2/1", 75): 0.2,
+                     ("file/moderate/0/2", 25): 0.3, ("file/moderate/0/2", 50): 0.4}  # fmt: skip
+    mine, headline = lambda_sweep.jobs(), learning_curves.jobs()
+    assert not {"gnu/moderate/0.2/1", "file/moderate/1/3", "file/moderate/0/1"} & set(mine)
+    assert "gnu/moderate/1/1" in mine and "file/moderate/0.2/3" in mine and len(mine) == 33 + 12 + 12
+    for world in ("gnu", "file"):  # a run that is lent has all the settings but the steps of those beside it
+        _, _, other = mine[f"{world}/moderate/5/2"]
+        for weight, name in lambda_sweep.LENT[world].items():
+            arm, _, config = headline[f"{world}/{name}/2"]
+            assert replace(config, steps=other.steps, env_weight=5.0) == other
+            assert config.env_weight == weight or arm == "grpo"
 
 
 def test_grpo_is_the_same_at_every_dose_that_only_outputs_have():

@@ -42,7 +42,7 @@ import train  # noqa: E402
 
 SCRIPTS = recipe, learning_curves, lambda_sweep, verifier_free, doses, linkage
 SCRIPTS += strong_start, sft_gap, filter_curves, warned, hanging, pretrained
-READS = {linkage: (doses, learning_curves)}  # what others measured
+READS = {linkage: (doses, learning_curves), lambda_sweep: (learning_curves,)}  # what others measured
 
 
 @pytest.fixture

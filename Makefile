@@ -69,8 +69,8 @@ gpu: $(if $(filter .venv/bin/python,$(PY)),.venv/bench)
 
 # figures draws from the committed data, and fails if a table in figures/README.md is not theirs; reproduce makes
 # what is missing of them (hours), reproduce-quick tries every kind of run but SmolLM2's at a toy size.
-FIGURES := recipe learning_curves lambda_sweep verifier_free doses linkage rival_curves strong_start sft_gap \
-	filter_curves warned hanging
+FIGURES := recipe learning_curves lambda_sweep verifier_free doses filter_curves linkage rival_curves \
+	strong_start sft_gap warned hanging
 .PHONY: figures reproduce reproduce-quick
 figures: .venv/ready
 	printf '%s\n' $(FIGURES) pretrained counterfactual surprise | xargs -P 2 -I{} $(PY) figures/{}.py

@@ -6,8 +6,13 @@ python figures/doses.py --run    makes the runs that are missing
 linked: share of training tasks whose failures print what follows from the command. tells: how many
 candidates a usage line lists, the right one among them. persist: share of training tasks with this world's
 facts, which held-out tasks always have. With one command a task GRPO never reads what a command prints, so
-that linked and tells leave its runs as they are: its runs in the plain world stand for all of them.
+that linked and tells leave its runs as they are. The world as it is: the first steps of learning_curves.py's
+runs. free: on from ECHO's checkpoint without a reward, as in verifier_free.py.
+
+Intervals are by the spread that all doses of an arm share, since three seeds tell it badly.
 """
+
+from statistics import fmean
 
 import common
 import learning_curves
@@ -16,11 +21,12 @@ import recipe
 import stats
 import style
 import tables
+import verifier_free
 
 from echo_min.config import Config
 
 EXPERIMENT = "doses"
-SEEDS = 11, 12, 13
+SEEDS = 1, 2, 3
 STEPS = 100
 DIALS = {  # dial -> (its values from the weakest dose on; the last is the world as it is, meaning)
     "linked": ((0.0, 0.25, 0.5, 0.75, 1.0), "share of tasks whose failures tell"),
@@ -29,6 +35,8 @@ DIALS = {  # dial -> (its values from the weakest dose on; the last is the world
 }
 ARMS = learning_curves.MAIN
 LABELS = learning_curves.LABELS
+FREE = {"pass_rate": "new verbs", "pass_rate_trained": "verbs trained before"}  # of the runs without a reward
+LENT = {f"hard/{name}/{seed}": (f"plain/{name}/{seed}", STEPS) for name in ARMS for seed in SEEDS}
 
 
 def cell(dial: str, value: float) -> str:
@@ -44,86 +52,158 @@ def jobs() -> common.Jobs:
     found = {}
     for seed in SEEDS:
         for dial, (values, _) in DIALS.items():
-            for value in values:
-                for name in ARMS:
-                    where = of_arm(dial, value, name)
-                    dials = "" if where == "plain" else f",{where}"
+            for value in values[:-1]:
+                where = cell(dial, value)
+                for name in ARMS if dial == "persist" else ARMS[1:]:
                     weight = recipe.TUNED["hard"] if name == "echo" else 0.05
                     arm = "grpo" if name == "grpo" else "echo"
-                    config = recipe.config("hard", weight, seed, dials, steps=STEPS)
+                    config = recipe.config("hard", weight, seed, f",{where}", steps=STEPS)
                     found[f"{where}/{name}/{seed}"] = arm, "", config
+                if dial != "persist":
+                    free = verifier_free.config("hard", seed, f",family=linked,{where}")
+                    found[f"{where}/free/{seed}"] = "echo", "", free
     return found
 
 
 def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
+    if "/free/" in key:
+        return verifier_free.trained_on(key, arm, control, config, "echo")
     return common.train_run(key, arm, control, common.from_base(config))
 
 
 # ---- numbers ----
 
 
-def gain(lines: list[dict], dial: str, value: float, name: str) -> list[float]:
-    """The arm's mean over the curve minus GRPO's, paired by seed."""
-    rates = [stats.of(lines, of_arm(dial, value, one), one) for one in ("grpo", name)]
-    return stats.paired(*map(learning_curves.end, rates))
+Dose = tuple[str, float]  # (dial, value)
 
 
-def verdict(gains: list[float]) -> str:
-    """By the 95 % interval."""
-    if len(gains) < 2:
-        return "no data"
-    mean, half = stats.mean_interval(gains)
-    return "ahead" if mean > half else "behind" if mean < -half else "open"
+def gains(lines: list[dict], name: str) -> dict[Dose, dict[int, float]]:
+    """dose -> seed -> the arm's mean over the curve minus GRPO's."""
+    found = {}
+    for dial, (values, _) in DIALS.items():
+        for value in values:
+            both = [stats.of(lines, of_arm(dial, value, one), one) for one in ("grpo", name)]
+            grpo, mine = map(learning_curves.end, both)
+            found[dial, value] = {seed: mine[seed] - grpo[seed] for seed in mine if seed in grpo}
+    return found
+
+
+def smaller(found: dict[Dose, dict[int, float]]) -> dict[Dose, dict[int, float]]:
+    """What a dose's gain is above that of the world as it is, by seed."""
+    differences = {}
+    for (dial, value), own in found.items():
+        plain = found[dial, DIALS[dial][0][-1]]
+        if value != 1:
+            differences[dial, value] = {seed: own[seed] - plain[seed] for seed in own if seed in plain}
+    return differences
+
+
+def halves(found: dict[Dose, dict[int, float]]) -> dict[Dose, float]:
+    """Of each interval; the world as it is, which all dials share, counts once."""
+    cells = {cell(*dose): list(own.values()) for dose, own in found.items()}
+    pooled = dict(zip(cells, stats.pooled_halves([*cells.values()]), strict=True))
+    return {dose: pooled[cell(*dose)] for dose in found}
+
+
+def judged(found: dict[Dose, dict[int, float]]) -> dict[Dose, tuple[str, str]]:
+    """dose -> (the mean with its interval, what it says)."""
+    texts = {}
+    for dose, half in halves(found).items():
+        if not found[dose]:
+            texts[dose] = "–", "no data"
+            continue
+        mean = fmean(found[dose].values())
+        says = "ahead" if mean > half else "behind" if mean < -half else "open"
+        texts[dose] = f"{mean:+.3f} ± {half:.3f}", says
+    return texts
 
 
 def boundary(lines: list[dict], dial: str, name: str) -> str:
     """The doses at which the arm is ahead of GRPO, and those at which it is behind."""
     said = {"ahead": [], "behind": []}
-    for value in DIALS[dial][0]:
-        said.get(verdict(gain(lines, dial, value, name)), []).append(f"{value:g}")
+    for (of, value), (_, says) in judged(gains(lines, name)).items():
+        if of == dial:
+            said.get(says, []).append(f"{value:g}")
     texts = [f"{how} at {', '.join(values)}" for how, values in said.items() if values]
     return f"{dial}: {' and '.join(texts) or 'open everywhere'}"
+
+
+def free_changes(lines: list[dict], dial: str, value: float, key: str) -> list[float]:
+    return verifier_free.change(stats.of(lines, cell(dial, value), "free"), key)
 
 
 # ---- picture and table ----
 
 
 def draw(lines: list[dict]) -> dict[str, str]:
-    fig, axes = plt.subplots(1, len(DIALS), figsize=(13, 5.2), sharey=True)
-    for ax, (dial, (values, meaning)) in zip(axes, DIALS.items(), strict=True):
-        for name in ARMS:
-            points = []
-            for place, value in enumerate(values):
-                rates = learning_curves.end(stats.of(lines, of_arm(dial, value, name), name))
-                points += [{"seed": seed, "dose": place, "rate": rate} for seed, rate in rates.items()]
-            colour, mark = style.COLOURS[name], {"marker": "o", "ms": 3}
-            style.curves(ax, points, "rate", colour, LABELS[name], "dose", top=1, **mark)
-        ax.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-        style.axes(ax)
-        ax.set_xlabel(f"{dial}: {meaning}; 1 is the world as it is", fontsize=9)
-    axes[0].set(ylabel="pass rate, mean over the curve", ylim=(0, None))
+    lines = lines + learning_curves.lent(LENT) + lent_free()
+    fig, axes = plt.subplots(2, len(DIALS), figsize=(13, 8.6), sharey="row")
+    for (above, below), (dial, (values, meaning)) in zip(axes.T, DIALS.items(), strict=True):
+        for name in ARMS[1:]:
+            found = gains(lines, name)
+            half, said = halves(found), judged(found)
+            here = [(dial, value) for value in values]
+            series = [(list(found[dose].values()), half[dose], said[dose][1]) for dose in here]
+            bars(above, series, style.COLOURS[name], f"{LABELS[name]}, minus GRPO")
+        for (key, label), colour in zip(FREE.items(), ("echo", "base"), strict=True):
+            changes = [free_changes(lines, dial, value, key) for value in values]
+            series = list(zip(changes, stats.pooled_halves(changes), [""] * len(values), strict=True))
+            bars(below, series, style.COLOURS[colour], f"no reward: {label}, last minus first", "s")
+        for ax in (above, below):
+            ax.axhline(0, color="black", lw=0.7)
+            ax.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+            style.axes(ax, xlabel=f"{dial}: {meaning}; 1 is the world as it is")
+    axes[1, -1].set_visible(False)  # on the tasks of one world every fact persists
+    axes[0, 0].set_ylabel("gain in pass rate, mean over the curve\nfilled: ahead of GRPO, or behind")
+    axes[1, 0].set_ylabel("change in pass rate without a reward")
     said = []
     for name in ARMS[1:]:
         boundaries = [boundary(lines, dial, name) for dial in DIALS]
         said.append(f"{LABELS[name]}, against GRPO: {'; '.join(boundaries)}")
     said += [f"hard tool, {STEPS} steps, {style.seeds(lines)}, tuned lambda {recipe.TUNED['hard']:g}"]
     fig.suptitle("\n".join(said), fontsize=10)
-    style.legend(fig, axes, 0.07, ncols=3)
+    style.legend(fig, axes.flat, 0.07, ncols=2)
     common.save(fig, EXPERIMENT)
     return {EXPERIMENT: table(lines)}
 
 
+def lent_free() -> list[dict]:
+    """The runs without a reward in the world as it is."""
+    known = common.load(verifier_free.EXPERIMENT, common.as_asked(verifier_free.jobs()))
+    mine = stats.of(known, "linked", "echo")
+    return [line | {"key": f"plain/free/{line['seed']}"} for line in mine]
+
+
+def bars(ax, series: list[tuple[list[float], float, str]], colour: str, label: str, marker="o") -> None:
+    """A point a dose with its interval, every seed small beside it; hollow where it is open."""
+    points = [(x, fmean(own), half, says) for x, (own, half, says) in enumerate(series) if own]
+    if not points:
+        return
+    x, means, half, says = zip(*points, strict=True)
+    ax.errorbar(x, means, yerr=half, color=colour, lw=2, capsize=3, label=label)
+    for place, (own, *_) in enumerate(series):
+        ax.plot([place + 0.1] * len(own), own, "_", color=colour, alpha=0.6)
+    for place, mean, said in zip(x, means, says, strict=True):
+        inside = "white" if said == "open" else colour
+        ax.plot(place, mean, marker, color=colour, mfc=inside, ms=7, zorder=3)
+
+
 def table(lines: list[dict]) -> str:
+    names = {name: gains(lines, name) for name in ARMS[1:]}
     rows = [("dial", "value", *(LABELS[name] for name in ARMS))]
-    rows[0] += tuple(f"{LABELS[name]}, minus GRPO, paired" for name in ARMS[1:])
+    rows[0] += tuple(f"{LABELS[name]}, minus GRPO" for name in names)
+    rows[0] += tuple(f"{LABELS[name]}: lead, minus that at 1" for name in names)
+    rows[0] += tuple(f"no reward: {label}, change" for label in FREE.values())
     for dial, (values, _) in DIALS.items():
         for value in values:
             cells = []
             for name in ARMS:
                 rates = learning_curves.end(stats.of(lines, of_arm(dial, value, name), name))
                 cells.append(stats.interval(list(rates.values())))
-            gains = [gain(lines, dial, value, name) for name in ARMS[1:]]
-            cells += [f"{stats.interval(own)} {verdict(own)}" for own in gains]
+            cells += [" ".join(judged(found)[dial, value]) for found in names.values()]
+            differences = (judged(smaller(found)) for found in names.values())
+            cells += [found[dial, value][0] if value != 1 else "–" for found in differences]
+            cells += [stats.interval(free_changes(lines, dial, value, key)) for key in FREE]
             rows.append([dial, f"{value:g}", *cells])
     return tables.table(rows)
 

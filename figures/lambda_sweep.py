@@ -62,13 +62,12 @@ def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
 
 def lent() -> list[dict]:
     """The lines of LENT, cut at STEPS, under the keys that these runs would have here."""
-    known, found = common.load(learning_curves.EXPERIMENT, common.as_asked(learning_curves.jobs())), []
+    keys = {}
     for world, arms in LENT.items():
-        for weight, name in arms.items():
-            for line in stats.of(known, world, name):
-                if line["seed"] in SEEDS[world] and line["step"] <= STEPS[world]:
-                    found.append(line | {"key": f"{world}/moderate/{weight:g}/{line['seed']}"})
-    return found
+        for seed in SEEDS[world]:
+            for weight, name in arms.items():
+                keys[f"{world}/{name}/{seed}"] = f"{world}/moderate/{weight:g}/{seed}", STEPS[world]
+    return learning_curves.lent(keys)
 
 
 def curve(lines: list[dict], world: str, name: str, weight: float, key: str) -> dict[int, float]:

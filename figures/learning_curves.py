@@ -92,6 +92,14 @@ def pass_rates(episodes: list[Episode]) -> dict[str, float]:
     return rates
 
 
+def lent(keys: dict[str, tuple[str, int]]) -> list[dict]:
+    """Lines of runs here whose first steps another experiment shares. keys: of a run here -> (its key there,
+    the last step that counts there)"""
+    lines = [line for line in common.load(EXPERIMENT, common.as_asked(jobs())) if line["key"] in keys]
+    there = [(line, *keys[line["key"]]) for line in lines]
+    return [line | {"key": key} for line, key, steps in there if line["step"] <= steps]
+
+
 # ---- numbers ----
 
 

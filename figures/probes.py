@@ -1,10 +1,10 @@
 """What an experiment asks a policy beside train.py's own evaluations: `watched` goes where a control goes.
 
 The small evaluation, at every full one and where an experiment asks for more: a sampled rollout of a few
-held-out tasks. At every full evaluation also, on the expert's episodes, the cross-entropy of what the terminal printed by kind of token, and by how
-much the true output is likelier after the true command than after another episode's; the cross-entropy of
-warnings; in world gnu what may stand at the word's place. A line holds `probe`, with the number of steps that
-the policy had made; run folders are not kept, these lines are.
+held-out tasks. With the full ones also, on the expert's episodes, the cross-entropy of what the terminal
+printed by kind of token, and by how much the true output is likelier after the true command than after
+another episode's; the cross-entropy of warnings; in world gnu what may stand at the word's place. A line
+holds `probe`, with the number of steps that the policy had made; run folders are not kept, these lines are.
 """
 
 import random

@@ -31,6 +31,17 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
     return fmean(values), student(n) * stdev(values) / n**0.5 if n > 1 else float("nan")
 
 
+def pooled_halves(groups: list[list[float]]) -> list[float]:
+    """Half-width of the 95 % interval of each group's mean, by the one spread that all groups are taken to
+    have: a few seeds a group tell it badly, all together well. nan for a group without values."""
+    freedom = sum(len(group) - 1 for group in groups if group)
+    if freedom < 1:
+        return [nan] * len(groups)
+    squares = sum((value - fmean(group)) ** 2 for group in groups if group for value in group)
+    half = student(freedom + 1) * (squares / freedom) ** 0.5
+    return [half / len(group) ** 0.5 if group else nan for group in groups]
+
+
 def interval(values: list[float]) -> str:
     """mean ± half-width of the 95 % interval; one seed has none."""
     if len(values) < 2:

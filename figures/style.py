@@ -32,7 +32,9 @@ def curves(ax, lines: list[dict], key: str, colour: str, label: str, x="step", t
     places = sorted({line[x] for line in lines})
     points = [stats.mean_interval([line[key] for line in lines if line[x] == place]) for place in places]
     ax.plot(places, [mean for mean, _ in points], color=colour, label=label, **{"lw": 2.4} | style)
-    ends = [[min(top, max(0.0, mean + sign * half)) for mean, half in points] for sign in (-1, 1)]
+    # one seed has no interval: half is nan, and so must the ends be
+    ends = [[min(top, max(0.0, mean + sign * half)) if half == half else half for mean, half in points]
+            for sign in (-1, 1)]  # fmt: skip
     ax.fill_between(places, *ends, color=colour, alpha=0.1, lw=0)
 
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "figures"))
 
 import common  # noqa: E402
 import doses  # noqa: E402
+import foretold  # noqa: E402
 import gnu_curves  # noqa: E402
 import held_out_ce  # noqa: E402
 import lambda_sweep  # noqa: E402
@@ -93,7 +94,10 @@ def test_steps_to_best_are_of_whole_windows_and_over_grpos_own():
 
 def test_every_experiment_has_the_recipe_of_its_world():
     for script in (learning_curves, lambda_sweep, doses):
-        for _, _, config in script.jobs().values():
+        for key, (_, _, config) in script.jobs().items():
+            if "/free/" in key:  # without a reward: another learning rate
+                assert config == verifier_free.config("hard", config.seed, config.tasks.split("hard")[1])
+                continue
             world = config.tasks.removeprefix("world:").split(",")[0]
             assert {name: getattr(config, name) for name in recipe.RECIPE[world]} == recipe.RECIPE[world]
     jobs = learning_curves.jobs()
@@ -228,25 +232,53 @@ def test_grpo_is_the_same_at_every_dose_that_only_outputs_have():
     assert [t.verify for t in plain.train] != [t.verify for t in fresh.train]
     jobs = doses.jobs()
     assert {key.split("/")[0] for key in jobs if "/grpo/" in key} == {
-        "plain", "persist=0.25", "persist=0.5", "persist=0.75"}  # fmt: skip
-    assert all(config.max_turns == 1 for *_, config in jobs.values()) and len(jobs) == 3 * (4 + 2 * 11)
+        "persist=0.25", "persist=0.5", "persist=0.75"}  # fmt: skip
+    assert all(config.max_turns == 1 for *_, config in jobs.values())
+    assert len(jobs) == 3 * (3 + 2 * 10 + 7) and not any(key.startswith("plain/") for key in jobs)
+    for there, (here, steps) in doses.LENT.items():  # the world as it is: the same runs, cut
+        arm, control, config = learning_curves.jobs()[there]
+        name, seed = here.split("/")[1:]
+        other = doses.jobs()[f"persist=0.5/{name}/{seed}"]
+        assert (arm, control) == other[:2] and steps == doses.STEPS == other[2].steps
+        assert replace(config, steps=steps, tasks=other[2].tasks) == other[2]
+
+
+def dosed(seeds=(11, 12)):
+    lines = []
+    for seed in seeds:
+        lines += run(f"plain/grpo/{seed}", 25, pass_rate=[0.3])
+        lines += run(f"persist=0.5/grpo/{seed}", 25, pass_rate=[0.1])
+        for where, rate in (("plain", 0.6), ("linked=0.5", 0.2), ("persist=0.5", 0.1 + 0.01 * seed)):
+            lines += run(f"{where}/echo/{seed}", 25, pass_rate=[rate + 0.001 * seed])
+    return lines
 
 
 def test_a_gain_at_a_dose_is_over_the_grpo_of_that_world():
-    lines = []
-    for seed in (11, 12):
-        lines += run(f"plain/grpo/{seed}", 25, pass_rate=[0.3]) + run(
-            f"persist=0.5/grpo/{seed}", 25, pass_rate=[0.1]
-        )
-        for where, rate in (("plain", 0.6), ("linked=0.5", 0.2), ("persist=0.5", 0.1 + 0.01 * seed)):
-            lines += run(f"{where}/echo/{seed}", 25, pass_rate=[rate + 0.001 * seed])
-    assert doses.gain(lines, "linked", 0.5, "echo") == pytest.approx([-0.089, -0.088])
-    assert doses.gain(lines, "persist", 0.5, "echo") == pytest.approx([0.121, 0.132])
+    lines = dosed()
+    found = doses.gains(lines, "echo")
+    assert found["linked", 0.5] == pytest.approx({11: -0.089, 12: -0.088})
+    assert found["persist", 0.5] == pytest.approx({11: 0.121, 12: 0.132})
+    assert doses.smaller(found)["linked", 0.5] == pytest.approx({11: -0.4, 12: -0.4})
+    assert doses.smaller(found)["persist", 0.5] == pytest.approx({11: -0.19, 12: -0.18})
+    assert not {("linked", 1.0), ("tells", 1), ("persist", 1.0)} & set(doses.smaller(found))
     assert doses.boundary(lines, "linked", "echo") == "linked: ahead at 1 and behind at 0.5"
     assert doses.boundary(lines, "tells", "echo") == "tells: ahead at 1"
-    some = [0.1, 0.3, 0.1], [0.2, 0.21, 0.2], [-0.2, -0.21, -0.2], [1]
-    assert [doses.verdict(gains) for gains in some] == ["open", "ahead", "behind", "no data"]
     assert doses.boundary([], "tells", "echo") == "tells: open everywhere"
+    for dose, (text, says) in doses.judged(found).items():
+        assert (says == "no data") == (text == "–") == (not found[dose])
+
+
+def test_the_spread_is_shared_and_the_world_as_it_is_counts_once():
+    found = {("linked", 0.5): {1: 0.0, 2: 0.2}}
+    found |= {dose: {1: 0.1, 2: 0.3} for dose in (("linked", 1), ("tells", 1))}
+    half = stats.student(3) * 0.02**0.5 / 2**0.5  # 2 degrees of freedom, each with a square of 0.02
+    assert doses.halves(found) == pytest.approx(dict.fromkeys(found, half))
+    assert stats.pooled_halves([[0.0, 0.2], [], [5.0]]) == pytest.approx(
+        [stats.student(2) * 0.02**0.5 / 2**0.5, nan, stats.student(2) * 0.02**0.5], nan_ok=True
+    )
+    assert all(isnan(half) for half in stats.pooled_halves([[1.0], []]))
+    near = {("linked", 0.5): {1: 0.0, 2: 0.02}, ("linked", 1): {1: 0.07, 2: 0.13}}
+    assert [says for _, says in doses.judged(near).values()] == ["open", "ahead"]
 
 
 def test_verifier_free_changes_are_from_the_first_to_the_last_step():
@@ -295,13 +327,58 @@ def test_alignment_is_the_cosine_over_batches_with_rewards(tokenizer, model):
     assert losses == pytest.approx([trained["policy_loss"], trained["env_loss"]], rel=1e-4)
 
 
-def test_scores_are_means_and_two_of_them_predict(tmp_path):
-    lines = [{"key": "lying/1", "seed": 1, "step": 0, "linkage": 0.4, "by_command": 0.1, "observed": 0.0}]
-    lines.append(lines[0] | {"key": "lying/2", "seed": 2, "linkage": 0.2, "alignment": 0.3})
-    (own,) = linkage.means(lines).values()
-    assert own == pytest.approx({"linkage": 0.3, "by_command": 0.1, "alignment": 0.3, "observed": 0.0})
-    assert linkage.predicted(0.3, 0.1) and not linkage.predicted(0.3, -0.1) | linkage.predicted(0.05, 0.1)
-    assert not linkage.predicted(0.3, nan) and len(linkage.DOSES) + len(linkage.OTHERS) == 15
+def test_echoed_words_are_left_out_of_linkage(tokenizer):
+    whole = episode(tokenizer, "tk align -k acorn", "usage: tk align -d FILE", 0.0, 0).transcript
+    echoed = linkage.marks(tokenizer, whole, ("-d",))
+    said = [i for i, role in zip(whole.ids, whole.roles, strict=True) if role == Role.OBSERVATION]
+    words = [tokenizer.decode([i]).strip() for i, echo in zip(said, echoed, strict=True) if echo]
+    assert words == ["tk", "align"]
+    logprobs = [{7: -1.0, 3: -3.0, 5: -2.0}, {}]  # the second is at position 5
+    found = linkage.cross_entropies(logprobs, [[False, True, False], []])
+    assert found == (pytest.approx(2.0), pytest.approx(2.0))
+    assert linkage.cross_entropies(logprobs, [[False, False, True], []]) == pytest.approx((2.5, 2.0))
+
+
+def test_scores_are_means_and_two_of_them_predict():
+    line = {"step": 0, "linkage_all": 0.6, "by_command": 0.1, "observed": 0.0, "passes": 4, "linkage": 0.4}
+    lines = [line | {"key": "lying/1", "seed": 1}]
+    lines.append(line | {"key": "lying/2", "seed": 2, "linkage": 0.2, "alignment": -0.3})
+    (own,) = foretold.means(lines).values()
+    assert own == pytest.approx({"linkage": 0.3, "linkage_all": 0.6, "by_command": 0.1, "alignment": -0.3,
+                                 "observed": 0.0, "passes": 4, "both": 0.0})  # fmt: skip
+    (own,) = foretold.means([line | {"key": "code/1", "seed": 1, "alignment": 0.1}]).values()
+    assert own["both"] == 0.4 and len(foretold.DOSES) + len(foretold.OTHERS) == 16
+    assert len(linkage.jobs()) == 3 * 16
+    score = {"linkage": 0.11, "by_command": 0.1, "alignment": 0.01, "both": 0.11, "linkage_all": 0.0}
+    assert foretold.says(score) == {"linkage": True, "by_command": False, "alignment": True, "both": True,
+                                    "always": True}  # fmt: skip
+    assert not foretold.says(score | {"alignment": nan})["alignment"]
+
+
+def test_what_came_is_decided_by_intervals_and_scores_are_judged_by_that():
+    gained = {"plain": [0.2, 0.22, 0.21], "code": [0.01, 0.0, 0.02], "gnu": [0.05, 0.07, 0.09]}
+    gained["file"] = [-0.3, -0.31, -0.29]
+    came = foretold.outcomes(gained)
+    assert [said for _, said in came.values()] == ["gain", "none", "gain", "none"]
+    wide = foretold.outcomes({"plain": [0.0, 0.4], "code": [-0.2, 0.2]})
+    assert [said for _, said in wide.values()] == ["undecided", "undecided"]
+    low = {"linkage": 0.0, "by_command": 0.2, "alignment": 0.5, "both": 0.0}
+    high = {"linkage": 0.3, "by_command": 0.0, "alignment": -0.5, "both": 0.0}
+    scores = {"plain": high, "code": high, "file": low}
+    expected = {"linkage": "2 of 3", "by_command": "1 of 3", "alignment": "1 of 3", "both": "2 of 3"}
+    assert foretold.right(scores, came) == expected | {"always": "1 of 3"}
+    assert foretold.right({"plain": high}, wide) == dict.fromkeys([*foretold.SCORES[:4], "always"], "0 of 0")
+
+
+def test_gains_that_are_foretold_are_of_the_same_steps_and_seeds(monkeypatch):
+    early = run("hard/grpo/1", 25, 100, 150, pass_rate=[0.1, 0.1, 0.9])
+    early += run("hard/lying/1", 25, 100, 150, pass_rate=[0.2, 0.4, 0.0])
+    early += run("hard/lying/4", 25, pass_rate=[0.9]) + run("hard/grpo/4", 25, pass_rate=[0.1])
+    of = {"learning_curves": early, "doses": [], "filter_curves": []}
+    of["filter_curves"] = run("grpo/51", 100, pass_rate=[0.1]) + run("echo 0.05/51", 100, pass_rate=[0.15])
+    monkeypatch.setattr(common, "load", lambda name, jobs: of[name])
+    found = foretold.gains()
+    assert found == {"lying": [pytest.approx(0.2)], "filter": [pytest.approx(0.05)]}
 
 
 # ---- tables, quick ----
@@ -334,7 +411,7 @@ def test_quick_is_six_tiny_jobs_of_one_seed_under_runs_quick(monkeypatch):
     for name in ("DATA", "PNG", "RUNS"):
         monkeypatch.setattr(common, name, getattr(common, name))
     common.go_quick()
-    some = common.as_asked(jobs, "plain/echo/12")
-    assert len(some) <= 7 and {config.seed for *_, config in some.values()} == {11, 12}
+    some = common.as_asked(jobs, "tells=2/echo/2")
+    assert len(some) <= 7 and {config.seed for *_, config in some.values()} == {1, 2}
     assert all(config.steps == 4 for *_, config in some.values())
     assert str(common.DATA).startswith("runs/quick")

@@ -42,7 +42,8 @@ import train  # noqa: E402
 
 SCRIPTS = recipe, learning_curves, lambda_sweep, verifier_free, doses, linkage
 SCRIPTS += strong_start, sft_gap, filter_curves, warned, hanging, pretrained
-READS = {linkage: (doses, learning_curves), lambda_sweep: (learning_curves,)}  # what others measured
+READS = {linkage: (doses, learning_curves, filter_curves), lambda_sweep: (learning_curves,)}
+READS |= {doses: (learning_curves, verifier_free)}  # what others measured
 
 
 @pytest.fixture
@@ -68,6 +69,7 @@ def invent(jobs, path):
                 found |= {"observation_ce": 1 - rate / 2, **{f"ce_{kind}": 1 - rate for kind in KINDS}}
                 found |= {"slot_first": 0.1, "slot_others": 0.4 * rate, "slot_goal": 0.2 * rate}
                 found |= {"linkage": 0.01 * (i % 5), "by_command": 0.1, "alignment": 0.2, "observed": 0.3}
+                found |= {"linkage_all": 0.2, "passes": 7}
             if "gnu" in config.tasks:
                 found |= {"ceiling": 0.14}
             lines.append(found)

@@ -24,7 +24,7 @@ def draw(experiment: str, lines: list[dict], labels: dict[str, str], title: str)
             ]
             cells += [
                 stats.by_seed(mine, "pass_rate_greedy", step=last),
-                dict(enumerate(stats.paired(grpo, ends))),
+                dict(enumerate(stats.paired(grpo, ends) if name != "grpo" else [])),
             ]
             rows.append((label, *(stats.interval(list(cell.values())) for cell in cells)))
     style.axes(ax, xlabel="step", ylabel="pass rate, held-out tasks, sampled", ylim=(0, 1.02))

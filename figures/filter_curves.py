@@ -4,7 +4,8 @@ python figures/filter_curves.py          redraws the picture and prints the tabl
 python figures/filter_curves.py --run    makes the runs that are missing
 
 Input and wanted output stand in the prompt, every held-out input is new, and the terminal prints only what
-the filter made of the input. A null says that the hard tool's gain is one of words learned by heart.
+the filter made of the input. A lead says that the hard tool's gain is more than words learned by heart; none
+leaves that standing.
 """
 
 from dataclasses import replace

@@ -10,6 +10,7 @@ passes take 2.4 s of a core instead of 4.2.
 """
 
 from dataclasses import replace
+from statistics import fmean
 
 import common
 import learning_curves
@@ -59,6 +60,7 @@ def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
 
 def draw(lines: list[dict]) -> dict[str, str]:
     rows = [("world", "", "step 0", "curve", "last", "greedy, last", "curve minus GRPO's, paired",
+             "steps clipped", "steps without an advantage",
              *(f"CE, {kind}: base → last" for kind in KINDS))]  # fmt: skip
     fig, axes = plt.subplots(1, len(WORLDS), figsize=(11, 5.4), sharey=True)
     for ax, (world, (_, title)) in zip(axes, WORLDS.items(), strict=True):
@@ -73,9 +75,13 @@ def draw(lines: list[dict]) -> dict[str, str]:
             cells += [stats.by_seed(mine, key, step=last) for key in ("pass_rate", "pass_rate_greedy")]
             texts = [stats.interval(list(cell.values())) for cell in cells]
             texts.append(stats.interval(stats.paired(grpo, ends)) if name != "grpo" else "–")
+            for key in ("clipped", "no_advantage"):
+                texts.append(f"{fmean(stats.by_seed(mine, key).values()):.2f}")
             for kind in KINDS:
                 two = (stats.by_seed(mine, f"ce_{kind}", step=step) for step in (0, last))
                 texts.append(" → ".join(stats.interval(list(end.values())) for end in two))
+            if ARMS[world, name] != f"{world}/{name}":  # measured where the other world's lines are printed
+                texts[-len(KINDS) :] = ["–"] * len(KINDS)
             rows.append((title, label, *texts))
         style.axes(ax, xlabel="step", ylim=(0, 1.02))
         ax.set_title(title, fontsize=10)

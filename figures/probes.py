@@ -3,8 +3,9 @@
 The small evaluation, at every full one and where an experiment asks for more: a sampled rollout of a few
 held-out tasks. With the full ones also, on the expert's episodes, the cross-entropy of what the terminal
 printed by kind of token, and by how much the true output is likelier after the true command than after
-another episode's; the cross-entropy of warnings; in world gnu what may stand at the word's place. A line
-holds `probe`, with the number of steps that the policy had made; run folders are not kept, these lines are.
+another episode's; the cross-entropy of warnings, its own and those that fixed replies call for; in world gnu
+what may stand at the word's place. A line holds `probe`, with the number of steps that the policy had made;
+run folders are not kept, these lines are.
 """
 
 import random
@@ -56,6 +57,8 @@ def probe(model, tokenizer, world: World, expert: list[Transcript], step: int, c
     found["action_tokens"] = fmean(episode.transcript.count(Role.ACTION) for episode in graded)
     found["well_begun"] = well_begun(graded, world)
     found["cut_off"] = fmean(cut_off(tokenizer, episode.transcript) for episode in graded)
+    wrong = sum(len(wrong_calls(episode)) for episode in graded)
+    found |= {"hung": found["cut_off"] * len(graded) / wrong} if wrong else {}
     found["timeouts"] = fmean(episode.stop is StopReason.AGENT_TIMEOUT for episode in graded)
     if step % config.eval_every == 0:
         found |= ce_by_kind(model, tokenizer, expert, world.telling, config)
@@ -63,6 +66,9 @@ def probe(model, tokenizer, world: World, expert: list[Transcript], step: int, c
         warned = [only_warnings(episode.transcript) for episode in graded]
         nats = [-p for one in observation_logprobs(model, warned, config) for p in one.values()]
         found |= {"ce_warnings": fmean(nats)} if nats else {}
+        told = [only_warnings(one) for one in warned_of(tokenizer, few, config)]
+        nats = [-p for one in observation_logprobs(model, told, config) for p in one.values()]
+        found["ce_warned"] = fmean(nats)
         if config.tasks.startswith("world:gnu"):
             found |= word_slots(model, tokenizer, world, config)
     return {name: round(float(value), 5) for name, value in found.items()}
@@ -72,6 +78,11 @@ def cut_off(tokenizer, transcript: Transcript) -> int:
     """How many commands ran into their time limit, as the harness notes after their output."""
     notes = (transcript.ids[slice(*span)] for span in runs_of(transcript, Role.SCAFFOLD))
     return sum("(timed out)" in tokenizer.decode(ids) for ids in notes)
+
+
+def wrong_calls(episode: Episode) -> list[str]:
+    right = episode.task.solution.split()
+    return [command for command in episode.commands if command.split() != right]
 
 
 def well_begun(episodes: list[Episode], world: World) -> float:
@@ -148,6 +159,24 @@ def only_warnings(transcript: Transcript) -> Transcript:
     """Its warnings as if they were what the terminal printed."""
     to = {int(Role.WARNING): int(Role.OBSERVATION), int(Role.OBSERVATION): int(Role.SCAFFOLD)}
     return replace(transcript, roles=[to.get(role, role) for role in transcript.roles])
+
+
+def warned_of(tokenizer, tasks, config: Config) -> list[Transcript]:
+    """Each task's prompt, a reply that its harness complains of, the complaint: the same for every policy.
+    The replies take turns: empty, cut at the limit."""
+    end = tokenizer.convert_tokens_to_ids(harness.END)
+    found = []
+    for n, task in enumerate(tasks):
+        ids = [end] if n % 2 else encode(tokenizer, Role.ACTION, task.solution)
+        warning, ended_by = (harness.EMPTY, harness.END) if n % 2 else (harness.CUT, None)
+        transcript = Transcript()
+        for role, text in harness.prompt(task, config.harness):
+            transcript.append(role, encode(tokenizer, role, text))
+        transcript.append(Role.ACTION, ids, [0.0] * len(ids))
+        for role, text in harness.observation(None, warning, ended_by, config.harness):
+            transcript.append(role, encode(tokenizer, role, text))
+        found.append(transcript)
+    return found
 
 
 def word_slots(model, tokenizer, world: World, config: Config) -> dict[str, float]:

@@ -3,10 +3,11 @@
 python figures/rival_curves.py          redraws the picture and prints the table, from figures/data
 python figures/rival_curves.py --run    makes the runs that are missing
 
-process: GRPO whose reward grows with the share of right words. curiosity: with the surprise at the output.
+process: GRPO whose advantage grows with the share of right words. curiosity: with the surprise at the output.
 imitate: supervised on the base's own rollouts, actions and outputs alike, then GRPO. hindsight: the usage
 line that a wrong call printed is typed as the reply, supervised beside GRPO. Each has a strength, chosen on
-a development seed; GRPO and ECHO are the runs of learning_curves.py.
+a development seed; GRPO and ECHO are the runs of learning_curves.py. Compared at equal rollouts: those that
+imitate imitates count as steps, and its curve is read between its evaluations.
 """
 
 from dataclasses import replace
@@ -22,19 +23,13 @@ import style
 import tables
 from rivals import STRENGTHS
 
-from echo_min.checkpoint import load_policy, publish
 from echo_min.config import Config
-from echo_min.machine import on_this_machine
-from echo_min.rollout import Noise, sample_episodes
-from echo_min.sft import supervise
-from train import pick_tasks
 
 EXPERIMENT = "rival_curves"
-TUNING, SEEDS = 101, (1, 2, 3)
+TUNING, TUNING_STEPS, SEEDS = 101, 100, (1, 2, 3)
 BEST: dict[str, float] = {}  # what the development seed said
-IMITATION = {"base_steps": 50, "base_learning_rate": 1e-3, "base_observation_weight": 1.0}
 LABELS = {
-    "process": "reward for right words", "curiosity": "reward for surprise",
+    "process": "right words rewarded", "curiosity": "surprise rewarded",
     "imitate": "own rollouts imitated first", "hindsight": "printed line typed as reply",
 }  # fmt: skip
 REFERENCES = "grpo", "echo 0.05", "echo"  # of learning_curves.py
@@ -46,7 +41,7 @@ def jobs() -> common.Jobs:
     found = {}
     for name, strength, seed in wanted:
         arm, control = "grpo", f"{name}={strength:g}" if name in ("process", "curiosity") else ""
-        steps = 100 if seed == TUNING else learning_curves.STEPS
+        steps = TUNING_STEPS if seed == TUNING else learning_curves.STEPS
         config = recipe.config("hard", 0.05, seed, steps=steps)
         if name == "hindsight":
             arm, control, config = "echo", name, replace(config, env_weight=strength)
@@ -61,56 +56,59 @@ def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
     config = common.from_base(config)
     if name != "imitate":
         return common.train_run(key, arm, control, config)
-    return common.train_run(key, arm, control, replace(config, model=str(imitated(config, int(strength)))))
+    config = replace(config, model=str(rivals.imitated(config, common.RUNS, int(strength))))
+    return later(common.train_run(key, arm, control, config), int(strength))
 
 
-def imitated(config: Config, steps: int):
-    """The base, supervised on its own rollouts of so many steps."""
-    config = on_this_machine(config)
-    model, tokenizer = load_policy(config.model)
-    world, played = common.world_of(config), []
-    for step in range(steps):
-        tasks, key = pick_tasks(world.train, step, config), (Noise.SHOWING, config.seed, step)
-        played += sample_episodes(model, tokenizer, tasks, config.group_size, config, key)
-    kept = [episode for episode in played if episode.valid]
-    supervise(model, kept, replace(config, **IMITATION))
-    folder = common.RUNS / "imitated" / f"{steps}-{config.seed}"
-    publish(model, tokenizer, folder, config)
-    return folder
+def later(lines: list[dict], steps: int) -> list[dict]:
+    return [line | {"step": line["step"] + steps} for line in lines]
 
 
 def draw(lines: list[dict]) -> dict[str, str]:
     known = common.load("learning_curves", common.as_asked(learning_curves.jobs()))
-    chosen = {f"{name}/{strength:g}": LABELS[name] for name, strength in BEST.items()}
-    rows = [("", "strength", "development seed, curve", "curve, three seeds", "last", "minus GRPO, paired")]
-    grpo = learning_curves.end(stats.of(known, "hard", "grpo"))
-    fig, ax = plt.subplots(figsize=(8, 6))
+    known = [line for line in stats.of(known, "hard") if line["seed"] in SEEDS]
+    references = {
+        name: stats.between(stats.of(known, "hard", name), learning_curves.STEPS) for name in REFERENCES
+    }
+    fig, axes = plt.subplots(2, 2, figsize=(11, 9), sharex=True, sharey=True)
+    for ax, (name, label) in zip(axes.flat, LABELS.items(), strict=True):
+        for other in REFERENCES:
+            mine = stats.of(known, "hard", other)
+            style.curves(ax, mine, "pass_rate", style.COLOURS[other], learning_curves.LABELS[other], top=1)
+        if name in BEST:
+            mine = fresh(lines, name, BEST[name])
+            style.curves(ax, mine, "pass_rate", "black", "the rival", top=1, ls="--")
+        style.axes(ax, ylim=(0, 1.02))
+        ax.set_title(label, fontsize=10)
+    for ax in axes[1]:
+        ax.set_xlabel("step")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("pass rate, held-out tasks, sampled")
+    fig.suptitle(f"ECHO and four rivals, hard tool, seeds {', '.join(map(str, SEEDS))}", fontsize=11)
+    style.legend(fig, axes.flat, 0.05, ncols=4)
+    common.save(fig, EXPERIMENT)
+    heads = [f"minus {learning_curves.LABELS[name]}, paired" for name in REFERENCES]
+    rows = [("", "strength", "development seed, curve", "curve, three seeds", "last", *heads)]
     for name in REFERENCES:
-        mine = [line for line in stats.of(known, "hard", name) if line["seed"] in SEEDS]
-        style.curves(ax, mine, "pass_rate", style.COLOURS[name], learning_curves.LABELS[name], top=1)
-        rows.append(row(learning_curves.LABELS[name], "", {}, mine, grpo))
-    for (key, label), dashes in zip(chosen.items(), ("--", ":", "-.", (0, (5, 1, 1, 1))), strict=False):
-        mine = [line for line in stats.of(lines, *key.split("/")) if line["seed"] in SEEDS]
-        style.curves(ax, mine, "pass_rate", "black", label, top=1, ls=dashes)
+        mine = stats.of(known, "hard", name)
+        rows.append(row(learning_curves.LABELS[name], "", [], mine, references))
     for name, tried in STRENGTHS.items():
         for strength in tried:
-            mine = stats.of(lines, name, f"{strength:g}")
-            tuning = learning_curves.end(stats.pick(mine, seed=TUNING))
-            fresh = [line for line in mine if line["seed"] in SEEDS]
-            rows.append(row(LABELS[name], f"{strength:g}", tuning, fresh, grpo))
-    style.axes(ax, xlabel="step", ylabel="pass rate, held-out tasks, sampled", ylim=(0, 1.02))
-    ax.set_title(f"ECHO and its rivals, hard tool, seeds {', '.join(map(str, SEEDS))}", fontsize=11)
-    style.legend(fig, [ax], 0.14, ncols=2)
-    common.save(fig, EXPERIMENT)
+            tuning = stats.pick(stats.of(lines, name, f"{strength:g}"), seed=TUNING)
+            rows.append(row(LABELS[name], f"{strength:g}", tuning, fresh(lines, name, strength), references))
     return {EXPERIMENT: tables.table(rows)}
 
 
-def row(label: str, strength: str, tuning: dict, lines: list[dict], grpo: dict) -> tuple:
-    ends = learning_curves.end(lines)
-    last = max((line["step"] for line in lines), default=0)
-    cells = [tuning, ends, stats.by_seed(lines, "pass_rate", step=last)]
-    texts = [stats.interval(list(cell.values())) for cell in cells]
-    return label, strength, *texts, stats.interval(stats.paired(grpo, ends))
+def fresh(lines: list[dict], name: str, strength: float) -> list[dict]:
+    return [line for line in stats.of(lines, name, f"{strength:g}") if line["seed"] in SEEDS]
+
+
+def row(label: str, strength: str, tuning: list[dict], lines: list[dict], references: dict) -> tuple:
+    own = stats.between(lines, learning_curves.STEPS)
+    last = stats.by_seed(lines, "pass_rate", step=max((line["step"] for line in lines), default=0))
+    texts = [stats.interval(list(one.values())) for one in (stats.between(tuning, TUNING_STEPS), own, last)]
+    others = [stats.paired(other, own) if other != own else [] for other in references.values()]
+    return label, strength, *texts, *map(stats.interval, others)
 
 
 if __name__ == "__main__":

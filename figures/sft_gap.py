@@ -4,8 +4,9 @@ python figures/sft_gap.py          redraws the picture and prints the table, fro
 python figures/sft_gap.py --run    makes the runs that are missing
 
 In the hard tool the expert knows facts that the terminal tells too; in gnu which of the valid words is right,
-which only the reward tells. SFT: the base, supervised on the commands of so many of the expert's episodes on
-training tasks. The gap is what reinforcement learning after SFT on 200 has above that without SFT.
+which only the reward tells. SFT: the base, supervised on the right commands of so many training tasks. The
+gap is what GRPO after SFT on 200 has above GRPO without SFT. Base, GRPO and ECHO are the first steps of
+learning_curves.py's runs.
 """
 
 import random
@@ -27,26 +28,27 @@ from echo_min.machine import on_this_machine
 from echo_min.sft import record, supervise
 
 EXPERIMENT = "sft_gap"
-SEEDS, STEPS = (41, 42, 43), 100
+SEEDS, STEPS = (1, 2, 3), 100
 WORLDS = {"hard": "hard tool: facts", "gnu": "gnu: which valid word"}
 SFT = {"base_steps": 150, "base_learning_rate": 1e-3, "base_observation_weight": 0.0}
 ALL = 10**6  # demonstrations: as many as there are training tasks
-ARMS = {  # name -> (demonstrations, arm; none: SFT alone, label)
-    "sft 50": (50, "", "SFT on 50"),
-    "sft 200": (200, "", "SFT on 200"),
-    "sft all": (ALL, "", "SFT on all"),
-    "grpo": (0, "grpo", "GRPO"),
-    "echo": (0, "echo", "ECHO"),
-    "sft grpo": (200, "grpo", "SFT on 200, then GRPO"),
-    "sft echo": (200, "echo", "SFT on 200, then ECHO"),
-}
+ARMS = {  # name -> (demonstrations, arm; none: SFT alone)
+    "sft 50": (50, ""), "sft 200": (200, ""), "sft all": (ALL, ""),
+    "sft grpo": (200, "grpo"), "sft echo": (200, "echo"),
+}  # fmt: skip
+SHARED = [f"{world}/{arm}/{seed}" for world in WORLDS for arm in ("grpo", "echo") for seed in SEEDS]
+BARS = {  # arm -> (label, colour)
+    "base": ("base", "base"), "sft 50": ("SFT on 50", ""), "sft 200": ("SFT on 200", ""),
+    "sft all": ("SFT on all", ""), "grpo": ("GRPO", "grpo"), "echo": ("ECHO", "echo"),
+    "sft grpo": ("SFT on 200, then GRPO", "grpo"), "sft echo": ("SFT on 200, then ECHO", "echo"),
+}  # fmt: skip
 
 
 def jobs() -> common.Jobs:
     found = {}
     for seed in SEEDS:
         for world in WORLDS:
-            for name, (_, arm, _) in ARMS.items():
+            for name, (_, arm) in ARMS.items():
                 config = recipe.config(world, recipe.TUNED[world], seed, steps=STEPS if arm else 0)
                 found[f"{world}/{name}/{seed}"] = arm or "grpo", "", config
     return found
@@ -60,25 +62,23 @@ def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
 def taught(config: Config, shown: int) -> Path:
     """The base after SFT on so many demonstrations, made if it is not there."""
     base = Path(config.model)
-    folder = base.with_name(f"{base.name}-sft-{shown}") if shown else base
+    folder = base.with_name(f"{base.name}-sft-{shown}")
     with common.alone(folder):
         if not folder.exists():
             config, rng = on_this_machine(config), random.Random(f"experts {config.seed}")
             world = common.world_of(config)
             tasks = rng.sample(world.train, min(shown, len(world.train)))
             model, tokenizer = load_policy(base)
-            demonstrations = record(tokenizer, [(task, world.expert(task, rng)) for task in tasks], config)
+            demonstrations = record(tokenizer, [(task, [task.solution]) for task in tasks], config)
+            assert all(episode.reward >= 1 for episode in demonstrations)
             supervise(model, demonstrations, replace(config, **SFT))
             publish(model, tokenizer, folder, config)
     return folder
 
 
-# ---- picture and table ----
-
-
-def last(lines: list[dict]) -> dict[int, float]:
-    """seed -> the last pass rate, sampled."""
-    return stats.by_seed(lines, "pass_rate", step=max((line["step"] for line in lines), default=0))
+def last(lines: list[dict], key: str = "pass_rate") -> dict[int, float]:
+    """seed -> after the last step."""
+    return stats.by_seed(lines, key, step=max((line["step"] for line in lines), default=0))
 
 
 def closed(lines: list[dict], world: str) -> tuple[list[float], list[float]]:
@@ -89,23 +89,24 @@ def closed(lines: list[dict], world: str) -> tuple[list[float], list[float]]:
 
 
 def draw(lines: list[dict]) -> dict[str, str]:
-    rows = [("world", "", "pass rate, sampled", "greedy", "share of the gap closed by ECHO")]
-    fig, axes = plt.subplots(1, len(WORLDS), figsize=(11, 5), sharey=True)
+    lines = lines + learning_curves.lent({key: (key, STEPS) for key in SHARED})
+    rows = [("world", "", "pass rate, sampled", "greedy", "above GRPO, paired", "share of the gap")]
+    fig, axes = plt.subplots(1, len(WORLDS), figsize=(12, 5.4), sharey=True)
     for ax, (world, title) in zip(axes, WORLDS.items(), strict=True):
-        gap, gained = closed(lines, world)
-        share = f"{fmean(gained) / fmean(gap):.0%}" if gap and fmean(gap) > 0 else "–"
-        for place, (name, (_, arm, label)) in enumerate(ARMS.items()):
-            mine = stats.of(lines, world, name)
-            rates, colour = list(last(mine).values()), style.COLOURS[arm or "base"]
-            if rates:
-                ax.bar(place, fmean(rates), color=colour)
-                ax.plot([place] * len(rates), rates, "k_")
-                end = max(line["step"] for line in mine)
-                greedy = stats.interval(list(stats.by_seed(mine, "pass_rate_greedy", step=end).values()))
-                rows.append((world, label, stats.interval(rates), greedy, share if name == "echo" else ""))
-        ax.set_xticks(range(len(ARMS)), [label for *_, label in ARMS.values()], rotation=35, ha="right")
+        grpo, part = last(stats.of(lines, world, "grpo")), stats.share_text(*closed(lines, world))
+        for place, (name, (label, colour)) in enumerate(BARS.items()):
+            mine = stats.of(lines, world, "grpo" if name == "base" else name)
+            mine = stats.pick(mine, step=0) if name == "base" else mine
+            if not (rates := last(mine)):
+                continue
+            ax.bar(place, fmean(rates.values()), color=style.COLOURS.get(colour, "white"), edgecolor="black")
+            ax.plot([place] * len(rates), [*rates.values()], "k_")
+            cells = [list(rates.values()), list(last(mine, "pass_rate_greedy").values())]
+            cells += [stats.paired(grpo, rates) if name not in ("grpo", "base") else []]
+            rows.append((world, label, *map(stats.interval, cells), part if name == "echo" else ""))
+        ax.set_xticks(range(len(BARS)), [label for label, _ in BARS.values()], rotation=35, ha="right")
         style.axes(ax, ylim=(0, 1.02))
-        ax.set_title(f"{title}; ECHO closes {share} of the gap", fontsize=10)
+        ax.set_title(f"{title}; ECHO's share of the gap: {part}", fontsize=10)
     axes[0].set_ylabel("pass rate, held-out tasks, sampled")
     fig.suptitle(f"{learning_curves.LABELS['echo']}; {STEPS} steps, {style.seeds(lines)}", fontsize=11)
     fig.tight_layout()

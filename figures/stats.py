@@ -4,6 +4,8 @@ import random
 from math import atan2, cos, isnan, nan, pi, sin
 from statistics import correlation, fmean, stdev
 
+import numpy as np
+
 from echo_min.report import student
 
 
@@ -23,6 +25,16 @@ def by_seed(lines: list[dict], key: str, **wanted) -> dict[int, float]:
         if key in line:
             found.setdefault(line["seed"], []).append(line[key])
     return {seed: fmean(values) for seed, values in sorted(found.items())}
+
+
+def between(lines: list[dict], steps: int) -> dict[int, float]:
+    """seed -> mean pass rate over steps 25, 50, ... `steps`, on the straight lines between evaluations."""
+    found = {}
+    for seed in sorted({line["seed"] for line in lines}):
+        mine = [line for line in pick(lines, seed=seed) if "pass_rate" in line]
+        own = sorted((line["step"], line["pass_rate"]) for line in mine)
+        found[seed] = float(np.interp(range(25, steps + 1, 25), *zip(*own, strict=True)).mean())
+    return found
 
 
 def mean_interval(values: list[float]) -> tuple[float, float]:
@@ -47,6 +59,18 @@ def interval(values: list[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:.3f} (one seed)" if values else "–"
     return "{:.3f} ± {:.3f}".format(*mean_interval(values))
+
+
+def share_text(whole: list[float], part: list[float]) -> str:
+    """part / whole [95 % interval, in percent], paired: the shares from -2 to 3 of which the part is not told
+    (Fieller). A whole that is not told from 0 has none."""
+    if len(whole) < 2 or mean_interval(whole)[0] <= mean_interval(whole)[1]:
+        return "–"
+    told = []
+    for percent in range(-200, 301):
+        mean, half = mean_interval([p - percent / 100 * w for p, w in zip(part, whole, strict=True)])
+        told += [percent] * (abs(mean) <= half)
+    return f"{fmean(part) / fmean(whole):.0%} [{min(told, default='–')}, {max(told, default='–')}]"
 
 
 def p_text(p: float) -> str:

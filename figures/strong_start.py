@@ -42,14 +42,22 @@ def run(key: str, arm: str, control: str, config: Config) -> list[dict]:
 def start(config: Config) -> Path:
     """The checkpoint, made if it is not there. Raises SystemExit if GRPO is not strong in time."""
     key, config = f"start/{config.seed}", replace(config, env_weight=0.05)  # one run, whoever asks
-    with common.alone(common.RUNS / key):
-        for steps in range(config.eval_every, PATIENCE + 1, config.eval_every):
-            folder = common.trained(key, "grpo", "", common.from_base(replace(config, steps=steps)))
-            lines = report.read(folder / "metrics.jsonl")
-            passed = [line["pass_rate"] for line in lines if "pass_rate" in line]
-            if passed[-1] >= STRONG or common.QUICK in folder.parents:
-                return checkpoint.latest(folder / "grpo")[1]
-    raise SystemExit(f"{key}: GRPO passes {passed[-1]:.0%} after {PATIENCE} steps")
+    folder, patience = common.RUNS / key, 0 if common.QUICK in common.RUNS.parents else PATIENCE
+    with common.alone(folder):
+        step, rate = evaluated(folder)
+        while step == 0 or (rate < STRONG and step < patience):
+            steps = step + config.eval_every
+            common.trained(key, "grpo", "", common.from_base(replace(config, steps=steps)))
+            step, rate = evaluated(folder)
+    if rate < STRONG and patience:
+        raise SystemExit(f"{key}: GRPO passes {rate:.0%} after {step} steps")
+    return checkpoint.latest(folder / "grpo")[1]
+
+
+def evaluated(folder: Path) -> tuple[int, float]:
+    """-> (step, pass rate) of the run's last full evaluation; (0, 0) before the first."""
+    lines = [line for line in report.read(folder / "metrics.jsonl") if "pass_rate" in line]
+    return (lines[-1]["step"], lines[-1]["pass_rate"]) if lines else (0, 0.0)
 
 
 def draw(lines: list[dict]) -> dict[str, str]:

@@ -43,7 +43,7 @@ import train  # noqa: E402
 SCRIPTS = recipe, learning_curves, lambda_sweep, verifier_free, doses, linkage
 SCRIPTS += strong_start, sft_gap, filter_curves, warned, hanging, pretrained
 READS = {linkage: (doses, learning_curves, filter_curves), lambda_sweep: (learning_curves,)}
-READS |= {doses: (learning_curves, verifier_free)}  # what others measured
+READS |= {doses: (learning_curves, verifier_free), sft_gap: (learning_curves,)}  # what others measured
 
 
 @pytest.fixture
@@ -62,14 +62,14 @@ def invent(jobs, path):
         line |= {"control": control} if control else {}
         for step in range(0, config.steps + 1, 5):
             rate = min(1.0, 0.005 * step + 0.001 * (i % 7))
-            found = line | {"step": step, "pass_rate_few": rate, "turns": 1.0, "well_begun": 0.9}
+            found = line | {"step": step, "pass_rate_few": rate, "turns": 1.0, "well_begun": 0.9, "hung": 0.5}
             if step % config.eval_every == 0:
                 found |= {"pass_rate": rate, "pass_rate_greedy": rate, "pass_rate_trained": 0.9}
                 found |= {"clipped": 0.25, "no_advantage": 0.5, "trivial_failures": 0.1, "valid": rate}
                 found |= {"observation_ce": 1 - rate / 2, **{f"ce_{kind}": 1 - rate for kind in KINDS}}
                 found |= {"slot_first": 0.1, "slot_others": 0.4 * rate, "slot_goal": 0.2 * rate}
                 found |= {"linkage": 0.01 * (i % 5), "by_command": 0.1, "alignment": 0.2, "observed": 0.3}
-                found |= {"linkage_all": 0.2, "passes": 7}
+                found |= {"linkage_all": 0.2, "passes": 7, "ce_warned": 2.0}
             if "gnu" in config.tasks:
                 found |= {"ceiling": 0.14}
             lines.append(found)
@@ -176,7 +176,64 @@ def test_what_hangs_is_of_the_last_steps_and_step_0_and_compared_with_grpo(folde
     ]
     assert hanging.ends(lines[:16], "timeouts") == ({71: 3.0}, {71: pytest.approx(3 + 6.5)})  # steps 55 to 75
     _, _, grpo, echo = hanging.draw(lines)["hanging"].splitlines()
-    assert grpo.endswith("| – | – |") and echo.endswith("| -2.000 ± 0.000 | -2.000 ± 0.000 |")
+    assert grpo.endswith("| – | – | – | – |") and echo.endswith(" | -2.000 ± 0.000" * 4 + " |")
+
+
+def test_a_start_is_looked_for_once_and_found_again(folders, monkeypatch):
+    """Rates by step; a second arm, and one that was stopped half way, go on from what is there."""
+    rates, asked = {25: 0.1, 50: 0.3, 75: 0.45, 100: 0.9}, []
+
+    def trained(key, arm, control, config):
+        asked.append(config.steps)
+        folder = common.RUNS / key
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [{"step": step, "pass_rate": rate} for step, rate in rates.items() if step <= config.steps]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    monkeypatch.setattr(common, "trained", trained)
+    monkeypatch.setattr(common, "from_base", lambda config: config)
+    monkeypatch.setattr(strong_start.checkpoint, "latest", lambda arm: (75, arm / "step-000075"))
+    _, _, config = strong_start.jobs()["echo/31"]
+    first = strong_start.start(config)
+    assert asked == [25, 50, 75] and first.parent == common.RUNS / "start" / "31" / "grpo"
+    assert strong_start.start(config) == first and asked == [25, 50, 75]
+    rates |= {75: 0.2}
+    trained("start/32", "", "", replace(config, steps=50))
+    strong_start.start(replace(config, seed=32))
+    assert asked == [25, 50, 75, 50, 75, 100]
+    rates.clear()
+    rates |= {step: 0.1 for step in range(25, 400, 25)}
+    with pytest.raises(SystemExit, match="GRPO passes 10% after 300 steps"):
+        strong_start.start(replace(config, seed=33))
+
+
+def test_demonstrations_are_right_and_supervise_before_the_arm(folders, monkeypatch):
+    shown = []
+    monkeypatch.setattr(sft_gap, "load_policy", lambda path: (None, tiny_tokenizer(["tk zip -d bold acorn"])))
+    monkeypatch.setattr(
+        sft_gap, "supervise", lambda model, episodes, config: shown.append((config, episodes))
+    )
+    monkeypatch.setattr(
+        sft_gap, "publish", lambda model, tokenizer, folder, config: folder.mkdir(parents=True)
+    )
+    _, _, config = sft_gap.jobs()["hard/sft 50/1"]
+    folder = sft_gap.taught(replace(config, model=str(folders / "base")), 50)
+    ((of, episodes),) = shown
+    assert folder.name == "base-sft-50" and of.base_observation_weight == 0 and len(episodes) == 50
+    held_out = {task.name for task in common.world_of(config).held_out}
+    assert all(e.reward == 1 and e.task.name not in held_out for e in episodes)
+    assert len({e.task.name for e in episodes}) == 50
+    assert sft_gap.taught(replace(config, model=str(folders / "base")), 50) == folder and len(shown) == 1
+
+
+def test_the_gap_is_grpos_after_demonstrations_and_echos_share_paired(folders):
+    lines = []
+    for seed, (grpo, echo, after) in enumerate([(0.1, 0.5, 0.6), (0.2, 0.6, 0.7), (0.1, 0.4, 0.5)], 1):
+        for name, rate in (("grpo", grpo), ("echo", echo), ("sft grpo", after)):
+            key = {"key": f"hard/{name}/{seed}", "seed": seed}
+            lines += [key | {"step": 0, "pass_rate": 0.9}, key | {"step": 100, "pass_rate": rate}]
+    gap, gained = sft_gap.closed(lines, "hard")
+    assert gap == pytest.approx([0.5, 0.5, 0.4]) and gained == pytest.approx([0.4, 0.4, 0.3])
 
 
 def test_a_base_is_named_by_what_it_is_made_of(folders, monkeypatch):

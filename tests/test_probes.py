@@ -12,6 +12,7 @@ from echo_min.config import Config
 from echo_min.evaluate import expert_transcripts
 from echo_min.masking import Role, Transcript, encode
 from echo_min.rollout import Episode
+from echo_min.tasks import Task
 from echo_min.tiny import tiny_model, tiny_tokenizer
 from echo_min.worlds.registry import load_tasks
 
@@ -102,6 +103,31 @@ def test_warnings_are_scored_alone():
     assert any(r == Role.OBSERVATION for r in roles)
 
 
+def test_fixed_replies_are_warned_of_as_a_rollout_would(gnu):
+    _, tokenizer, world, config = gnu
+    for task, made in zip(
+        world.held_out, probes.warned_of(tokenizer, world.held_out[:4], config), strict=False
+    ):
+        text = tokenizer.decode(made.ids)
+        action = [i for i, role in zip(made.ids, made.roles, strict=True) if role == Role.ACTION]
+        told = [i for i, role in zip(made.ids, made.roles, strict=True) if role == Role.WARNING]
+        ended = harness.END if action[-1] == tokenizer.convert_tokens_to_ids(harness.END) else None
+        reply = tokenizer.decode(action).removesuffix(harness.END)
+        assert harness.warning_block(harness.parse(reply, ended).warning) == tokenizer.decode(told)
+        assert text.startswith(f"<|im_start|>user\n{task.instruction}<|im_end|>\n<|im_start|>assistant\n")
+        assert text.endswith(harness.ASSISTANT) and text.count("<|im_end|>") == 3
+    endings = [
+        bool(made.count(Role.ACTION) > 1) for made in probes.warned_of(tokenizer, world.held_out[:4], config)
+    ]
+    assert endings == [True, False, True, False]
+
+
+def test_only_wrong_calls_can_have_hung():
+    task = Task("t", "zip acorn", "", "tk zip -d acorn")
+    episode = Episode(task, 0, commands=["tk zip -q acorn", "tk zip  -d acorn", "ls"])
+    assert probes.wrong_calls(episode) == ["tk zip -q acorn", "ls"]
+
+
 @pytest.fixture(scope="module")
 def gnu():
     settings = {"max_turns": 1, "max_action_tokens": 16, "output_chars": 320, "context": 160}
@@ -150,8 +176,9 @@ def test_a_probe_of_a_real_policy_holds_every_number(gnu):
     expert = expert_transcripts(tokenizer, world, config)
     full = probes.probe(model, tokenizer, world, expert, 5, config)
     small = probes.probe(model, tokenizer, world, expert, 4, config)
-    assert set(small) == {"pass_rate_few", "turns", "action_tokens", "well_begun", "timeouts", "cut_off"}
+    few = {"pass_rate_few", "turns", "action_tokens", "well_begun", "timeouts", "cut_off"}
+    assert set(small) - {"hung"} == few  # of no wrong call none hangs
     slots = {"slot_first", "slot_others", "slot_refused", "slot_goal", "ceiling"}
     assert full["ceiling"] == pytest.approx(gnu_words.ceiling(world.held_out), abs=1e-5)
-    ces = {"ce_echoed", "ce_telling", "ce_template"}
-    assert set(full) - {"ce_warnings"} == set(small) | slots | ces | {"log_ratio", "log_ratio_telling"}
+    ces = {"ce_echoed", "ce_telling", "ce_template", "ce_warned"}
+    assert set(full) - {"ce_warnings", "hung"} == few | slots | ces | {"log_ratio", "log_ratio_telling"}

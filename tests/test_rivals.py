@@ -1,6 +1,7 @@
 """The rivals of ECHO: what each makes of a batch, number by number."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -41,18 +42,18 @@ def context(model, tokenizer):
     return train.Context(episodes, model, tokenizer, 0, CONFIG, (), {})
 
 
-def advantages(rewards):
-    r = torch.tensor(rewards)
-    return (r - r.mean()) / (r.std() + 1e-6)
+def advantages(rewards, bonus):
+    r, bonus = torch.tensor(rewards), torch.tensor(bonus)
+    return (r - r.mean()) / (r.std() + 1e-6) + bonus - bonus.mean()
 
 
 def test_right_words_are_rewarded(context):
     batch = make_batch(context.episodes, CONFIG)
     after = rivals.process(batch, context, strength=0.5)
-    torch.testing.assert_close(after.advantages, advantages([1.5, 0.375, 0.0, 0.0]))
+    torch.testing.assert_close(after.advantages, advantages([1.0, 0, 0, 0], [0.5, 0.375, 0.0, 0.0]))
     context.episodes[3].commands = ["tk align -z cedar", "tk align -k cedar too"]  # 2/4, 3/5
     after = rivals.process(batch, context, strength=0.5)
-    torch.testing.assert_close(after.advantages, advantages([1.5, 0.375, 0.0, 0.3]))
+    torch.testing.assert_close(after.advantages, advantages([1.0, 0, 0, 0], [0.5, 0.375, 0.0, 0.3]))
     assert torch.equal(after.rewards, batch.rewards) and after.targets is after.ids is batch.ids
 
 
@@ -61,9 +62,18 @@ def test_surprise_is_rewarded(context):
     found = observation_logprobs(context.model, [e.transcript for e in context.episodes], CONFIG)
     nats = [-fmean(one.values()) if one else 0.0 for one in found]
     after = rivals.curiosity(batch, context, strength=0.1)
-    expected = advantages([1 + 0.1 * nats[0], 0.1 * nats[1], 0.1 * nats[2], 0.0])
+    expected = advantages([1.0, 0, 0, 0], [0.1 * nat for nat in nats])
     assert min(nats[:3]) > 1 and nats[3] == 0
     torch.testing.assert_close(after.advantages, expected)
+
+
+def test_a_bonus_is_compared_within_its_group_and_its_strength_counts(context):
+    batch = make_batch(context.episodes, CONFIG)
+    groups = torch.tensor([5, 5, 2, 2])
+    batch = replace(batch, groups=groups, advantages=torch.zeros(4))
+    for strength in (1.0, 10.0):
+        after = rivals.rewarded(batch, strength * torch.tensor([1.0, 2.0, 7.0, 7.0]))
+        torch.testing.assert_close(after.advantages, strength * torch.tensor([-0.5, 0.5, 0.0, 0.0]))
 
 
 def test_the_printed_line_is_typed(context, tokenizer):

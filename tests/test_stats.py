@@ -74,3 +74,23 @@ def test_rank_correlation():
     value, low, high = (float(part.strip("[],")) for part in text.split())
     assert value == round(stats.spearman(pairs), 2) and 0 < low < value < high <= 1
     assert stats.rank_text(pairs) == text  # drawn with a seed of its own
+
+
+def test_a_share_is_of_means_and_its_interval_fiellers():
+    whole, part = [0.5, 0.5, 0.4], [0.4, 0.4, 0.3]
+    text = stats.share_text(whole, part)
+    assert text.startswith("79% [")
+    low, high = map(int, text[5:-1].split(","))
+    for percent, inside in ((low, True), (low - 1, False), (high, True), (high + 1, False)):
+        mean, half = stats.mean_interval([p - percent / 100 * w for p, w in zip(part, whole, strict=True)])
+        assert (abs(mean) <= half) == inside
+    assert low < 79 < high
+    assert stats.share_text([0.5, -0.5, 0.4], part) == stats.share_text([0.5], [0.4]) == "–"
+
+
+def test_a_curve_is_read_between_its_evaluations():
+    lines = [{"seed": 1, "step": step, "pass_rate": rate} for step, rate in ((20, 0.0), (45, 0.5), (50, 0.7))]
+    lines += [{"seed": 1, "step": 30, "few": 1.0}, {"seed": 2, "step": 0, "pass_rate": 0.9}]
+    assert stats.between(lines[:4], 50) == {1: pytest.approx((0.1 + 0.7) / 2)}
+    whole = [{"seed": 3, "step": step, "pass_rate": step / 100} for step in (0, 25, 50)]
+    assert stats.between(whole, 50) == {3: pytest.approx(0.375)} and stats.between([], 50) == {}

@@ -20,6 +20,7 @@ def observation_ce(model, transcripts, config):
     return cross_entropy(observation_logprobs(model, transcripts, config))
 
 
+
 def test_a_sampled_and_a_greedy_rollout_of_each_held_out_task(model, tokenizer, monkeypatch):
     import echo_min.evaluate as evaluate
 

@@ -8,7 +8,7 @@ import pytest
 from echo_min.worlds.harbor import harbor_task, harbor_tasks
 from echo_min.worlds.registry import load_tasks
 
-TB2 = """# canary
+TB2 = '''# canary
 version = "1.0"
 
 [metadata]
@@ -28,8 +28,8 @@ docker_image = "someone/image:20250101"
 cpus = 1
 memory = "2G"
 storage = "10G"
-"""
-NEWER = """schema_version = "1.2"
+'''
+NEWER = '''schema_version = "1.2"
 artifacts = ["/app/out"]
 
 [task]
@@ -50,7 +50,7 @@ mcp_servers = []
 
 [environment.env]
 A = "1"
-"""
+'''
 
 
 def write(folder, toml, **files):

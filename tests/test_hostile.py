@@ -67,3 +67,5 @@ print("all attacks were run")
     if "ModuleNotFoundError" in done.stderr or "Permission denied" in done.stderr:
         pytest.skip("no Python 3.11 and checkout that a plain user can read")
     assert done.stdout == "all attacks were run\n", done.stdout + done.stderr[-2000:]
+
+

@@ -123,7 +123,6 @@ def test_a_seat_goes_to_the_next_episode(tokenizer, monkeypatch, terminals):
 
     monkeypatch.setattr(rollout_module, "open_terminal", open_or_refuse)
     monkeypatch.setattr(Sandbox, "run", run_or_die)
-
     def verify_slowly(self):  # its terminal is open all the while
         time.sleep(0.1)
         return verify(self)

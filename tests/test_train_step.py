@@ -225,7 +225,6 @@ def test_failures_whose_output_was_known_are_counted(model, monkeypatch):
 
 def test_each_segment_has_its_own_temperature(model):
     """A policy loss at another temperature leaves the observation loss alone, and the other way round."""
-
     def losses(actions, observations):
         config = replace(CONFIG, temperature=actions, observation_temperature=observations)
         metrics, _ = updated(model, config, batch=make_batch(episodes(model.config.vocab_size), config))

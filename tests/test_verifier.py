@@ -137,7 +137,6 @@ def test_what_a_task_does_not_name_is_the_machines(tmp_path, monkeypatch, capfd)
 
 # ---- a verifier with a container of its own ----
 
-
 def test_what_an_agent_lays_beside_the_tests_is_gone(tmp_path):
     task = harbor_task(written(tmp_path, image(), f"ls -A /tests; {PASS}"))
     with open_terminal(task, "docker") as terminal:

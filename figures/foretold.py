@@ -3,8 +3,8 @@
 Fixed before the runs: linkage says gain above LINKED, by_command too, alignment above 0, and two together
 where both do. A condition has gained if its interval is above 0, has not if its upper end is below NONE;
 else it is undecided and counts for nobody. Gains are means over the first doses.STEPS steps, their intervals
-by the spread that all conditions share. Lying and code are linked and useless by design: there linkage alone
-must fail.
+in the hard tool by the spread that its conditions share. Lying and code are linked and useless by design:
+there linkage alone must fail.
 """
 
 from math import isnan, nan
@@ -68,9 +68,12 @@ def says(own: dict[str, float]) -> dict[str, bool]:
 
 def outcomes(gained: dict[str, list[float]]) -> dict[str, tuple[str, str]]:
     """condition -> (its gain with the interval, gain, none or undecided)."""
+    halves = {condition: stats.pooled_halves([own])[0] for condition, own in gained.items()}
+    hard = [condition for condition in gained if condition in (*DOSES, "lying", "code")]
+    halves |= zip(hard, stats.pooled_halves([gained[condition] for condition in hard]), strict=True)
     found = {}
-    for (condition, own), half in zip(gained.items(), stats.pooled_halves([*gained.values()]), strict=True):
-        mean = fmean(own)
+    for condition, own in gained.items():
+        mean, half = fmean(own), halves[condition]
         said = "gain" if mean > half else "none" if mean + half < NONE else "undecided"
         found[condition] = f"{mean:+.3f} ± {half:.3f}", said
     return found
@@ -95,9 +98,8 @@ def draw(lines: list[dict]) -> dict[str, str]:
         for place, (condition, own) in enumerate(sorted(scores.items(), key=lambda item: item[1][score])):
             if not isnan(own[score]):
                 x, y = own[score], fmean(gained[condition])
-                ax.plot(
-                    x, y, "o", color="black", ms=5, mfc="black" if came[condition][1] == "gain" else "white"
-                )
+                inside = "black" if came[condition][1] == "gain" else "white"
+                ax.plot(x, y, "o", color="black", ms=5, mfc=inside)
                 ax.annotate(condition, (x, y), xytext=(5, (-10, 4)[place % 2]), textcoords="offset points")
         ax.axhline(0, color="black", lw=0.7)
         ax.axvline(LINKED if score == "linkage" else 0, color="black", lw=0.7, ls=":")

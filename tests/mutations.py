@@ -4,6 +4,7 @@ The old text stands exactly once in its file. The test is tests/test_NAME.py, or
 """
 
 STEP = "train_step"
+EXPERIMENT = "experiments"
 MUTATIONS = {
     "train.py": [
         ("where an epoch's tasks begin", "range(step * config", "range((step + 1) * config", STEP),
@@ -730,5 +731,88 @@ MUTATIONS = {
         ("a missing variable", "match[2] is None and match[1] not in os.environ", "False", "harbor"),
         ("a default", 'return found or match[2] or ""', "return found", "harbor"),
         ("a check without command", '"command" in checks and "command" not in table', "False", "harbor"),
+    ],
+    "figures/stats.py": [
+        ("degrees of freedom that groups share", "sum(len(group) - 1 for", "sum(len(group) for", EXPERIMENT),
+        ("a spread that groups share", "(value - fmean(group)) ** 2", "(value - 0.1) ** 2", EXPERIMENT),
+        ("a group's size", "half / len(group) ** 0.5", "half", EXPERIMENT),
+        ("a share", "p - percent / 100 * w", "p - percent / 100", "stats"),
+        ("a whole that is 0", "mean_interval(whole)[0] <= mean_interval(whole)[1]", "False", "stats"),
+        ("where a curve is read", "range(25, steps + 1, 25)", "range(0, steps + 1, 25)", "stats"),
+        ("paired", "b[seed] - a[seed]", "a[seed] - b[seed]", EXPERIMENT),
+    ],
+    "figures/learning_curves.py": [
+        ("runs that are lent", 'if line["key"] in keys', "", EXPERIMENT),
+        ("steps that are lent", 'line["step"] <= steps', "True", EXPERIMENT),
+        ("the endpoint", 'line["step"] > 0', "True", EXPERIMENT),
+    ],
+    "figures/lambda_sweep.py": [
+        ("full evaluations", ' and "pass_rate" in line', "", EXPERIMENT),
+        ("a collapse", "without[seed] / 2", "without[seed]", EXPERIMENT),
+        ("who collapses", "for seed in lost)", "for seed in reached)", EXPERIMENT),
+        ("most runs", "2 * len(seeds) > runs", "len(seeds) > 0", EXPERIMENT),
+        ("a lead", "for w in (0.0, weight)", "for w in (weight, 0.0)", EXPERIMENT),
+    ],
+    "figures/doses.py": [
+        ("GRPO of a dose", 'name != "grpo" or dial == "persist"', 'name != "grpo"', EXPERIMENT),
+        ("a gain", "mine[seed] - grpo[seed]", "mine[seed]", EXPERIMENT),
+        ("a smaller lead", "own[seed] - plain[seed]", "own[seed]", EXPERIMENT),
+        ("ahead", '"ahead" if mean > half', '"ahead" if mean > 0', EXPERIMENT),
+        ("the world as it is, once", "cell(*dose): list(own", "dose: list(own", EXPERIMENT),
+        ("the run that is lent", 'f"hard/{name}/{seed}": (', 'f"hard/grpo/{seed}": (', EXPERIMENT),
+    ],
+    "figures/foretold.py": [
+        ("steps that are compared", 'line["step"] <= doses.STEPS', "True", EXPERIMENT),
+        ("seeds that are compared", 'line["seed"] in seeds', "True", EXPERIMENT),
+        ("both", ' * (own["alignment"] > 0)', "", EXPERIMENT),
+        ("the threshold", '0 if score == "alignment" else LINKED', "0", EXPERIMENT),
+        ("a gain", '"gain" if mean > half', '"gain" if mean > 0', EXPERIMENT),
+        ("no gain", "mean + half < NONE", "mean < NONE", EXPERIMENT),
+        ("a spread of its own", 'in (*DOSES, "lying", "code")', "in gained", EXPERIMENT),
+        ("undecided", '[1] != "undecided"', '[1] != ""', EXPERIMENT),
+        ("right", '== (came[condition][1] == "gain")', "", EXPERIMENT),
+    ],
+    "figures/linkage.py": [
+        ("echoed words", 'kinds[position] == "echoed"', "False", EXPERIMENT),
+        ("what is left out", "if not echo]", "]", EXPERIMENT),
+        ("batches with rewards", "if not batch.advantages.any():", "if False:", EXPERIMENT),
+        ("what is cut out", "if role not in roles", "", EXPERIMENT),
+    ],
+    "figures/rivals.py": [
+        ("a bonus's group", "(sums / counts)[batch.groups]", "bonus.mean()", "rivals"),
+        ("GRPO beside it", "batch.advantages + bonus", "bonus", "rivals"),
+        ("right words in their places", "a == b for a, b", "a in words for a, b", "rivals"),
+        ("a share of all rows", " * (len(told) / len(batch))", "", "rivals"),
+    ],
+    "figures/strong_start.py": [
+        ("strong", "(rate < STRONG and", "(rate < 0.1 and",
+         "figures::a_start_is_looked_for_once_and_found_again"),
+        ("a start that is there", "steps = step + config.eval_every", "steps = config.eval_every",
+         "figures::a_start_is_looked_for_once_and_found_again"),
+    ],
+    "figures/sft_gap.py": [
+        ("the gap", "after[s] - grpo[s] for s", "after[s] - echo[s] for s",
+         "figures::the_gap_is_grpos_after_demonstrations_and_echos_share_paired"),
+        ("the last step", 'max((line["step"]', 'min((line["step"]',
+         "figures::the_gap_is_grpos_after_demonstrations_and_echos_share_paired"),
+        ("what is shown", "[task.solution])", "world.expert(task, rng))",
+         "figures::demonstrations_are_right_and_supervise_before_the_arm"),
+        ("who is shown", "rng.sample(world.train,", "rng.sample(world.held_out,",
+         "figures::demonstrations_are_right_and_supervise_before_the_arm"),
+        ("how many", "min(shown,", "min(2 * shown,",
+         "figures::demonstrations_are_right_and_supervise_before_the_arm"),
+    ],
+    "figures/probes.py": [
+        ("wrong calls", "if command.split() != right]", "]", "probes::only_wrong_calls_can_have_hung"),
+        ("which warning", "(harness.EMPTY, harness.END) if n % 2", "(harness.CUT, harness.END) if n % 2",
+         "probes::fixed_replies_are_warned_of_as_a_rollout_would"),
+        ("warnings alone", "int(Role.OBSERVATION): int(Role.SCAFFOLD)}", "}",
+         "probes::warnings_are_scored_alone"),
+    ],
+    "figures/common.py": [
+        ("what is clipped", 's["grad_norm"] > config.grad_clip', 's["grad_norm"] >= config.grad_clip',
+         "figures::means_over_steps_say_what_was_clipped_and_what_had_no_advantage"),
+        ("no advantage", 's["learning_share"] == 0', 's["learning_share"] > 0',
+         "figures::means_over_steps_say_what_was_clipped_and_what_had_no_advantage"),
     ],
 }  # fmt: skip

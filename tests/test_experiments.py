@@ -200,6 +200,11 @@ def test_a_collapse_is_each_seeds_own_and_a_lead_paired():
     said = lambda_sweep.headline(lines)
     assert said.startswith("hard, base with moderate observation CE: ahead of lambda 0: 1; most runs")
     assert "most runs collapse: 5 (well formed and wrong, 2 of 3)" in said and "20" not in said
+    for seed, rate, begun in ((11, 0.0, 0.1), (12, 0.1, 1.0), (13, 0.3, 1.0)):  # one of three
+        lines += run(f"hard/moderate/20/{seed}", 75, pass_rate=[rate], well_begun=[begun],
+                     trivial_failures=[0.0])  # fmt: skip
+    assert lambda_sweep.collapse(lines, "hard", "moderate", 20.0) == ([11], "words destroyed")
+    assert lambda_sweep.headline(lines) == said
 
 
 def test_runs_that_the_headline_made_are_cut_and_not_made_again(monkeypatch):
@@ -362,6 +367,10 @@ def test_what_came_is_decided_by_intervals_and_scores_are_judged_by_that():
     assert [said for _, said in came.values()] == ["gain", "none", "gain", "none"]
     wide = foretold.outcomes({"plain": [0.0, 0.4], "code": [-0.2, 0.2]})
     assert [said for _, said in wide.values()] == ["undecided", "undecided"]
+    shared = foretold.outcomes({"plain": [0.0, 0.4], "code": [0.3, 0.3], "gnu": [0.3, 0.3]})
+    assert [said for _, said in shared.values()] == ["undecided", "undecided", "gain"]
+    edge = foretold.outcomes({"gnu": [0.07, 0.07], "file": [0.09, 0.09], "filter": [0.0, 0.0]})
+    assert [said for _, said in edge.values()] == ["gain", "gain", "none"]
     low = {"linkage": 0.0, "by_command": 0.2, "alignment": 0.5, "both": 0.0}
     high = {"linkage": 0.3, "by_command": 0.0, "alignment": -0.5, "both": 0.0}
     scores = {"plain": high, "code": high, "file": low}

@@ -169,7 +169,7 @@ def calls_elsewhere(tokenizer, settings: tuple) -> list[Episode]:
 
 CONTROLS = {
     "placebo": placebo,  # tokens in random order
-    "placebo_words": placebo_words,  # telling words exchanged
+    "placebo_words": placebo_words,  # telling words shuffled among the outputs
     "placebo_outputs": placebo_outputs,  # outputs exchanged
     "elsewhere": elsewhere,  # usage lines of verbs that no task asks for
 }

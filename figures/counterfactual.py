@@ -9,6 +9,8 @@ the words alone that tell what to do.
 """
 
 import argparse
+from math import inf
+from statistics import fmean
 
 import common
 import learning_curves
@@ -21,6 +23,19 @@ EXPERIMENT = "counterfactual"
 PANELS = {"log_ratio": "whole outputs", "log_ratio_telling": "words that tell what to do"}
 
 
+def headline(lines: list[dict], worlds: list[str]) -> str:
+    """For which worlds and arms the last log-ratio of the words that tell is told from 0."""
+    said = []
+    for world in worlds:
+        for name in learning_curves.MAIN:
+            mine = [line for line in stats.of(lines, world, name) if "log_ratio_telling" in line]
+            last = max((line["step"] for line in mine), default=0)
+            values = list(stats.by_seed(mine, "log_ratio_telling", step=last).values())
+            if len(values) > 1 and abs(stats.mean_interval(values)[0]) > stats.mean_interval(values)[1]:
+                said.append(f"{learning_curves.LABELS[name]} in {world} ({fmean(values):+.2f} nats)")
+    return f"Words that tell depend on the command typed: {'; '.join(said) or 'in no arm'}"
+
+
 def draw(lines: list[dict]) -> dict[str, str]:
     worlds = [world for world in learning_curves.WORLDS if stats.of(lines, world)]
     rows = [("world", "", *(f"{title}: base → last, nats a token" for title in PANELS.values()))]
@@ -29,16 +44,17 @@ def draw(lines: list[dict]) -> dict[str, str]:
         for name in learning_curves.ARMS:
             mine, cells = stats.of(lines, world, name), []
             for ax, (key, title) in zip(row, PANELS.items(), strict=True):
-                drawn = mine if len({line["seed"] for line in mine}) > 1 or world != "hard" else []
-                style.curves(ax, drawn, key, style.COLOURS[name], learning_curves.LABELS[name])
-                style.axes(ax, xlabel="step", title=f"{world}: {title}", ylabel="nats a token")
+                drawn = mine if name in learning_curves.MAIN else []
+                style.curves(ax, drawn, key, style.COLOURS[name], learning_curves.LABELS[name], bottom=-inf)
+                style.axes(ax, xlabel="step", title=f"{world}: {title}", ylabel="log-ratio, nats a token")
                 last = max((line["step"] for line in mine if key in line), default=0)
                 ends = [list(stats.by_seed(mine, key, step=step).values()) for step in (0, last)]
                 cells.append(" → ".join(map(stats.interval, ends)))
             if mine:
                 rows.append((world, learning_curves.LABELS[name], *cells))
-    fig.suptitle(f"True output: after its own command, over another's; {style.seeds(lines)}", fontsize=11)
-    style.legend(fig, axes.flat, 0.1, ncols=4)
+    seeds = f"{style.seeds(lines)}; 0: the command does not matter"
+    fig.suptitle(f"{headline(lines, worlds)}\n{seeds}", fontsize=11)
+    style.legend(fig, axes.flat, 0.05, ncols=4)
     common.save(fig, EXPERIMENT)
     return {EXPERIMENT: tables.table(rows)}
 

@@ -51,13 +51,18 @@ def draw(lines: list[dict], arms: dict, worlds: list, labels: dict) -> dict[str,
                 style.curves(ax, mine, f"ce_{kind}", style.COLOURS[name], labels[name])
             if any(f"ce_{kind}" in line for line in stats.of(lines, world)):
                 ax.axhline(FLOOR.get((world, kind), 0.0), color="black", ls=":", lw=1, label="floor")
+            else:
+                ax.text(0.5, 0.5, "no such tokens", ha="center", transform=ax.transAxes)
             style.axes(ax, ylabel=f"{title}: nats a token" if ax is row[0] else "", ylim=(0, None))
             ax.set_title(f"{title}, {kind}: {meaning}", fontsize=9)
     for ax in axes[-1]:
         ax.set_xlabel("step; 0 is the base")
-    found = {kind: verdict(change(stats.of(lines, "hard", "grpo"), kind)[2]) for kind in SHOWN}
-    said = "; ".join(f"{kind} {text}" for kind, text in found.items())
-    fig.suptitle(f"Under GRPO in the hard tool, cross-entropy on {style.seeds(lines)}: {said}", fontsize=11)
+    said = []
+    for name in main:
+        of = {kind: verdict(change(stats.of(lines, "hard", name), kind)[2]) for kind in SHOWN}
+        said.append(f"{labels[name]}: " + "; ".join(f"{kind} {text}" for kind, text in of.items()))
+    title = f"Surprise at the expert's episodes, hard tool, {style.seeds(lines)}, last minus base"
+    fig.suptitle("\n".join([title, *said]), fontsize=11)
     style.legend(fig, axes.flat, 0.05, ncols=4)
     common.save(fig, "held_out_ce")
     return {"held_out_ce": table(lines, arms, worlds, labels)}

@@ -44,7 +44,7 @@ LABELS = {
     "echo": "ECHO, lambda tuned",
     "lying": "the usage line lies",
     "code": "the usage line shows a useless code",
-    "placebo_words": "telling words exchanged",
+    "placebo_words": "shuffled targets",
     "elsewhere": "usage lines of other verbs",
 }
 MAIN, CONTROLS = ("grpo", "echo 0.05", "echo"), ("lying", "code", "placebo_words", "elsewhere")
@@ -153,7 +153,7 @@ def draw(lines: list[dict]) -> dict[str, str]:
     found, worlds, said = contrasts(lines), [world for world in WORLDS if stats.of(lines, world)], []
     for arm in ("echo 0.05", "echo"):
         verdicts = [f"{verdict(*found[w, arm, 'grpo'][::2])} in {WORLDS[w].split(',')[0]}" for w in worlds]
-        said.append(f"{LABELS[arm]}, against GRPO: {'; '.join(verdicts)}")
+        said.append(f"{LABELS[arm]}, against GRPO, mean over the curve: {'; '.join(verdicts)}")
     fig, axes = plt.subplots(1, len(worlds), figsize=(4 + 3 * len(worlds), 5.4), sharey=True, squeeze=False)
     axes = axes[0]
     for ax, world in zip(axes, worlds, strict=True):
@@ -167,8 +167,8 @@ def draw(lines: list[dict]) -> dict[str, str]:
     panel(ax, lines, "hard", ("grpo", "echo 0.05", *CONTROLS))
     ax.set_ylabel("pass rate, held-out tasks, sampled")
     said = [verdict(*found["hard", "echo 0.05", control][::2]) for control in CONTROLS]
-    ahead, tested = sum(text.startswith("ahead") for text in said), len(said) - said.count("no data")
-    fig.suptitle(f"ECHO 0.05 is ahead of {ahead} of {tested} controls with two seeds or more", fontsize=11)
+    texts = [f"{LABELS[control]}: {text}" for control, text in zip(CONTROLS, said, strict=True)]
+    fig.suptitle(f"ECHO 0.05, against its controls, mean over the curve:\n{'; '.join(texts)}", fontsize=10)
     style.legend(fig, [ax], 0.14, ncols=2)
     common.save(fig, "controls")
     tables = {EXPERIMENT: table(lines), "contrasts": contrast_table(found)}
@@ -198,8 +198,9 @@ def table(lines: list[dict]) -> str:
             cells.append({seed: then[seed] / first[seed] for seed in then if seed in first})
             texts = [stats.interval(list(cell.values())) for cell in cells]
             ratios = steps_to_best(mine, stats.of(lines, world, "grpo"))
-            reached = f" ({len(ratios)} of {len({line['seed'] for line in mine})})"
-            rows.append([world, LABELS[name], *texts, stats.interval(list(ratios.values())) + reached])
+            runs = len({line["seed"] for line in mine})  # of those that get there alone a mean would flatter
+            reached = stats.interval(list(ratios.values())) if len(ratios) == runs else "–"
+            rows.append([world, LABELS[name], *texts, f"{reached} ({len(ratios)} of {runs})"])
     return tables.table(rows)
 
 

@@ -20,9 +20,10 @@ COLOURS = report.COLOURS | {  # echo is ECHO at the lambda that was tuned
 }
 
 
-def curves(ax, lines: list[dict], key: str, colour: str, label: str, x="step", top=inf, **style) -> None:
-    """Every seed thin; over them their mean and its 95 % interval, which ends where the number can: at 0 and
-    at top."""
+def curves(
+    ax, lines: list[dict], key: str, colour: str, label: str, x="step", top=inf, bottom=0.0, **style
+) -> None:  # fmt: skip
+    """Over x every seed thin; their mean and its 95 % interval, which ends where the number can."""
     lines = sorted((line for line in lines if key in line), key=lambda line: line[x])
     if not lines:
         return
@@ -33,7 +34,7 @@ def curves(ax, lines: list[dict], key: str, colour: str, label: str, x="step", t
     points = [stats.mean_interval([line[key] for line in lines if line[x] == place]) for place in places]
     ax.plot(places, [mean for mean, _ in points], color=colour, label=label, **{"lw": 2.4} | style)
     # one seed has no interval: half is nan, and so must the ends be
-    ends = [[min(top, max(0.0, mean + sign * half)) if half == half else half for mean, half in points]
+    ends = [[min(top, max(bottom, mean + sign * half)) if half == half else half for mean, half in points]
             for sign in (-1, 1)]  # fmt: skip
     ax.fill_between(places, *ends, color=colour, alpha=0.1, lw=0)
 

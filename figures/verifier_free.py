@@ -42,7 +42,7 @@ ARMS = {  # name -> (families, control, label); its start is the arm of that nam
     "echo": (("linked", "ambient"), "", "from ECHO"),
     "grpo": (("linked", "ambient"), "", "from GRPO"),
     "base": (("gnu",), "", "from the base"),
-    "placebo_words": (("linked", "gnu"), "placebo_words", "telling words exchanged"),
+    "placebo_words": (("linked", "gnu"), "placebo_words", "shuffled targets"),
 }
 
 

@@ -63,11 +63,13 @@ def draw(panels: dict[str, list[report.Token]], about: str, path: Path, columns:
                 where = (start + i + 0.5, line)
                 ax.text(*where, character, color=ink, family="monospace", size=8, ha="center", va="center")
         ax.set(xlim=(0, width), ylim=(height - 0.3, -0.7))
-        ax.set_title(title, fontsize=9)
+        printed = sum(nats for _, role, nats in panels[title] if role is Role.OBSERVATION)
+        ax.set_title(f"{title}: {printed:.1f} nats at what was printed", fontsize=9)
         ax.axis("off")
     bar = fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(0, top), shade), ax=axes, fraction=0.02, pad=0.01)
     bar.set_label("surprise (nats)", fontsize=8)
-    fig.suptitle(f"An expert's episode as three policies read it: {about}", fontsize=9)
+    said = "An expert's episode as three policies read it; blue: typed, red: printed"
+    fig.suptitle(f"{said}. {about}", fontsize=9)
     fig.savefig(path, dpi=150)
     plt.close(fig)
 

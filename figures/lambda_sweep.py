@@ -6,7 +6,8 @@ python figures/lambda_sweep.py --run    makes the runs that are missing
 In gnu and files the runs with lambda 0, 0.05 and the tuned one are the first steps of learning_curves.py's.
 A run collapses if its last pass rate is below half of that of lambda 0 from the same base. How: commands are
 preferred whose output the policy can predict (most rollouts of the last steps fail with an output CE below
-0.1), or words are destroyed (most first commands call no program that the expert calls), or neither.
+0.1), or words are destroyed (most first commands call no program that the expert calls), or neither: commands
+are well formed, and what is right is learned slower.
 """
 
 from statistics import fmean
@@ -91,7 +92,7 @@ def collapse(lines: list[dict], world: str, name: str, weight: float) -> tuple[l
     shares = {key: fmean(values.get(seed, float("nan")) for seed in lost) for key, values in ends.items()}
     if shares["trivial_failures"] > 0.5:
         return lost, "predictable commands preferred"
-    return lost, "words destroyed" if shares["well_begun"] < 0.5 else "well formed and wrong"
+    return lost, "words destroyed" if shares["well_begun"] < 0.5 else "well formed, slower"
 
 
 def lead(lines: list[dict], world: str, name: str, weight: float) -> list[float]:
@@ -102,18 +103,19 @@ def lead(lines: list[dict], world: str, name: str, weight: float) -> list[float]
 def headline(lines: list[dict]) -> str:
     said = []
     for (world, name), (_, weights) in BASES.items():
-        ahead, lost = [], []
+        leads, lost = {"ahead": [], "behind": []}, []
         for weight in weights[1:]:
             if len(found := lead(lines, world, name, weight)) > 1:
                 mean, half = stats.mean_interval(found)
-                ahead += [f"{weight:g}"] * (mean > half)
+                leads["ahead"] += [f"{weight:g}"] * (mean > half)
+                leads["behind"] += [f"{weight:g}"] * (mean < -half)
             seeds, how = collapse(lines, world, name, weight)
             runs = len(last(lines, world, name, weight, "pass_rate"))
             lost += [f"{weight:g} ({how}, {len(seeds)} of {runs})"] * (2 * len(seeds) > runs)
         if stats.of(lines, world, name):
-            leads = f"ahead of lambda 0: {', '.join(ahead) or 'none'}"
-            ends = f"most runs collapse: {', '.join(lost) or 'at none'}"
-            said.append(f"{world}, base with {name} observation CE: {leads}; {ends}")
+            of_zero = "; ".join(f"{how} {', '.join(found) or '–'}" for how, found in leads.items())
+            ends = f"most runs collapse at {', '.join(lost) or '–'}"
+            said.append(f"{world}, base with {name} observation CE, against lambda 0: {of_zero}; {ends}")
     return "\n".join(said)
 
 
@@ -165,14 +167,15 @@ def draw(lines: list[dict]) -> dict[str, str]:
 def table(lines: list[dict]) -> str:
     rows = [("world", "base", "lambda", "pass rate, curve", "minus lambda 0, paired", "last pass rate",
              "observation CE, curve", "first commands well begun, last", "failures foreseen, last",
-             "runs that collapse")]  # fmt: skip
+             "steps clipped, last 25", "runs that collapse")]  # fmt: skip
     for (world, name), (_, weights) in BASES.items():
         for weight in weights:
             if not (mine := stats.of(lines, world, name, f"{weight:g}")):
                 continue
             lost, how = collapse(lines, world, name, weight)
             own = [curve(lines, world, name, weight, key) for key in ("pass_rate", "observation_ce")]
-            ends = [last(lines, world, name, weight, key) for key in ("pass_rate", *list(ROWS)[2:])]
+            keys = "pass_rate", *list(ROWS)[2:], "clipped"
+            ends = [last(lines, world, name, weight, key) for key in keys]
             curves, ces = (stats.interval(list(values.values())) for values in own)
             rate, *shares = (stats.interval(list(values.values())) for values in ends)
             leads = stats.interval(lead(lines, world, name, weight)) if weight else "–"

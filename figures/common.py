@@ -220,11 +220,10 @@ def go_quick() -> None:
 
 
 def as_asked(jobs: Jobs, *also: str) -> Jobs:
-    """The jobs; with --quick at most six of the first seed, and those named, all of them tiny."""
+    """The jobs; with --quick at most six, each of its first seed, and those named, all of them tiny."""
     if QUICK not in DATA.parents:
         return jobs
-    seed = min(config.seed for *_, config in jobs.values())
-    first = [key for key, job in jobs.items() if job[-1].seed == seed]
+    first = [*{key.rpartition("/")[0]: key for key in reversed(jobs)}.values()][::-1]
     some = [*first[:: -(-len(first) // 6)], *also]
     return {key: (*jobs[key][:-1], tiny(jobs[key][-1])) for key in some}
 

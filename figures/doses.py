@@ -7,9 +7,11 @@ linked: share of training tasks whose failures print what follows from the comma
 candidates a usage line lists, the right one among them. persist: share of training tasks with this world's
 facts, which held-out tasks always have. With one command a task GRPO never reads what a command prints, so
 that linked and tells leave its runs as they are. The world as it is: the first steps of learning_curves.py's
-runs. free: on from ECHO's checkpoint without a reward, as in verifier_free.py.
+runs. free: on from that world's ECHO checkpoint without a reward, as in verifier_free.py, whose runs these
+are where all is told. Data of both must be there.
 
-Intervals are by the spread that all doses of an arm share, since three seeds tell it badly.
+Intervals of gains and changes are by the spread that all doses share, since three seeds tell it badly. Most
+doses share GRPO's runs, so they err together.
 """
 
 from statistics import fmean
@@ -128,8 +130,16 @@ def boundary(lines: list[dict], dial: str, name: str) -> str:
     return f"{dial}: {' and '.join(texts) or 'open everywhere'}"
 
 
-def free_changes(lines: list[dict], dial: str, value: float, key: str) -> list[float]:
-    return verifier_free.change(stats.of(lines, cell(dial, value), "free"), key)
+def free_changes(lines: list[dict], key: str) -> dict[Dose, dict[int, float]]:
+    """dose -> seed -> after the last step without a reward minus before the first."""
+    found = {}
+    for dial, (values, _) in DIALS.items():
+        for value in values:
+            mine = stats.of(lines, cell(dial, value), "free")
+            last = max((line["step"] for line in mine), default=0)
+            first, then = (stats.by_seed(mine, key, step=step) for step in (0, last))
+            found[dial, value] = {seed: then[seed] - first[seed] for seed in then if seed in first}
+    return found
 
 
 # ---- picture and table ----
@@ -146,8 +156,9 @@ def draw(lines: list[dict]) -> dict[str, str]:
             series = [(list(found[dose].values()), half[dose], said[dose][1]) for dose in here]
             bars(above, series, style.COLOURS[name], f"{LABELS[name]}, minus GRPO")
         for (key, label), colour in zip(FREE.items(), ("echo", "base"), strict=True):
-            changes = [free_changes(lines, dial, value, key) for value in values]
-            series = list(zip(changes, stats.pooled_halves(changes), [""] * len(values), strict=True))
+            found = free_changes(lines, key)
+            half, here = halves(found), [(dial, value) for value in values]
+            series = [(list(found[dose].values()), half[dose], "") for dose in here]
             bars(below, series, style.COLOURS[colour], f"no reward: {label}, last minus first", "s")
         for ax in (above, below):
             ax.axhline(0, color="black", lw=0.7)
@@ -203,7 +214,7 @@ def table(lines: list[dict]) -> str:
             cells += [" ".join(judged(found)[dial, value]) for found in names.values()]
             differences = (judged(smaller(found)) for found in names.values())
             cells += [found[dial, value][0] if value != 1 else "–" for found in differences]
-            cells += [stats.interval(free_changes(lines, dial, value, key)) for key in FREE]
+            cells += [judged(free_changes(lines, key))[dial, value][0] for key in FREE]
             rows.append([dial, f"{value:g}", *cells])
     return tables.table(rows)
 

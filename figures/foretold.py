@@ -3,8 +3,8 @@
 Fixed before the runs: linkage says gain above LINKED, by_command too, alignment above 0, and two together
 where both do. A condition has gained if its interval is above 0, has not if its upper end is below NONE;
 else it is undecided and counts for nobody. Gains are means over the first doses.STEPS steps, their intervals
-in the hard tool by the spread that its conditions share. Lying and code are linked and useless by design:
-there linkage alone must fail.
+in the hard tool by the spread that its conditions share. Code is linked and useless by design: there linkage
+alone should fail.
 """
 
 from math import isnan, nan

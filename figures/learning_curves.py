@@ -168,7 +168,7 @@ def draw(lines: list[dict]) -> dict[str, str]:
     ax.set_ylabel("pass rate, held-out tasks, sampled")
     said = [verdict(*found["hard", "echo 0.05", control][::2]) for control in CONTROLS]
     texts = [f"{LABELS[control]}: {text}" for control, text in zip(CONTROLS, said, strict=True)]
-    fig.suptitle(f"ECHO 0.05, against its controls, mean over the curve:\n{'; '.join(texts)}", fontsize=10)
+    fig.suptitle("\n".join(["ECHO 0.05, mean over the curve, against", *texts]), fontsize=10)
     style.legend(fig, [ax], 0.14, ncols=2)
     common.save(fig, "controls")
     tables = {EXPERIMENT: table(lines), "contrasts": contrast_table(found)}

@@ -1,8 +1,9 @@
 """A score that tells beforehand, from the base's own rollouts, whether ECHO will help; and what came of it.
 
 python figures/linkage.py          redraws the picture and prints the tables, from figures/data
-python figures/linkage.py --run    makes the scores that are missing; then the runs of doses.py and
-                                   learning_curves.py with which they are compared must be there
+python figures/linkage.py --run    makes the scores that are missing; then the runs of doses.py,
+                                   filter_curves.py and learning_curves.py, with which they are compared,
+                                   must be there
 
 linkage: copies of the base are fitted for the same steps on the same outputs; one reads prompt and commands,
 from another both are cut out. By how many nats a token the first is better on episodes kept aside, at all

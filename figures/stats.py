@@ -62,15 +62,16 @@ def interval(values: list[float]) -> str:
 
 
 def share_text(whole: list[float], part: list[float]) -> str:
-    """part / whole [95 % interval, in percent], paired: the shares from -2 to 3 of which the part is not told
-    (Fieller). A whole that is not told from 0 has none."""
+    """part / whole [95 % interval, in percent], paired: the shares from -1000 to 1000 from which the part is
+    not told (Fieller). A whole that is not told from 0 has none."""
     if len(whole) < 2 or mean_interval(whole)[0] <= mean_interval(whole)[1]:
         return "–"
     told = []
-    for percent in range(-200, 301):
+    for percent in range(-1000, 1001):
         mean, half = mean_interval([p - percent / 100 * w for p, w in zip(part, whole, strict=True)])
         told += [percent] * (abs(mean) <= half)
-    return f"{fmean(part) / fmean(whole):.0%} [{min(told, default='–')}, {max(told, default='–')}]"
+    share = f"{fmean(part) / fmean(whole):.0%}"
+    return f"{share} [{told[0]}, {told[-1]}]" if told and told[0] > -1000 and told[-1] < 1000 else share
 
 
 def p_text(p: float) -> str:

@@ -89,7 +89,8 @@ def start(arm: str, seed: int):
     key = f"hard/{arm}/{seed}"
     arm, control, config = common.as_asked(learning_curves.jobs(), key)[key]
     with common.alone(common.RUNS / key):  # several runs start there
-        return checkpoint.latest(common.trained(key, arm, control, common.from_base(config)) / arm)[1]
+        config, few_every = common.from_base(config), learning_curves.FEW_EVERY
+        return checkpoint.latest(common.trained(key, arm, control, config, few_every) / arm)[1]
 
 
 # ---- picture and table ----

@@ -85,6 +85,7 @@ def test_a_share_is_of_means_and_its_interval_fiellers():
         mean, half = stats.mean_interval([p - percent / 100 * w for p, w in zip(part, whole, strict=True)])
         assert (abs(mean) <= half) == inside
     assert low < 79 < high
+    assert stats.share_text([0.3, 0.3, 0.3], [20, 20, 21]) == "6778%"  # beyond what is looked through
     assert stats.share_text([0.5, -0.5, 0.4], part) == stats.share_text([0.5], [0.4]) == "–"
 
 

@@ -121,13 +121,13 @@ def judged(found: dict[Dose, dict[int, float]]) -> dict[Dose, tuple[str, str]]:
 
 
 def boundary(lines: list[dict], dial: str, name: str) -> str:
-    """The doses at which the arm is ahead of GRPO, and those at which it is behind."""
-    said = {"ahead": [], "behind": []}
+    """The doses at which the arm is ahead of GRPO, and those at which it is behind, or not told from it."""
+    said = {"ahead": [], "behind": [], "open": [], "no data": []}
     for (of, value), (_, says) in judged(gains(lines, name)).items():
         if of == dial:
-            said.get(says, []).append(f"{value:g}")
+            said[says].append(f"{value:g}")
     texts = [f"{how} at {', '.join(values)}" for how, values in said.items() if values]
-    return f"{dial}: {' and '.join(texts) or 'open everywhere'}"
+    return f"{dial}: {', '.join(texts)}"
 
 
 def free_changes(lines: list[dict], key: str) -> dict[Dose, dict[int, float]]:
@@ -163,7 +163,7 @@ def draw(lines: list[dict]) -> dict[str, str]:
         for ax in (above, below):
             ax.axhline(0, color="black", lw=0.7)
             ax.set_xticks(range(len(values)), [f"{value:g}" for value in values])
-            style.axes(ax, xlabel=f"{dial}: {meaning}; 1 is the world as it is")
+            style.axes(ax, xlabel=f"{dial}: {meaning}", xlim=(-0.3, len(values) - 0.7))
     axes[1, -1].set_visible(False)  # on the tasks of one world every fact persists
     axes[0, 0].set_ylabel("gain in pass rate, mean over the curve\nfilled: ahead of GRPO, or behind")
     axes[1, 0].set_ylabel("change in pass rate without a reward")
@@ -171,8 +171,9 @@ def draw(lines: list[dict]) -> dict[str, str]:
     for name in ARMS[1:]:
         boundaries = [boundary(lines, dial, name) for dial in DIALS]
         said.append(f"{LABELS[name]}, against GRPO: {'; '.join(boundaries)}")
-    said += [f"hard tool, {STEPS} steps, {style.seeds(lines)}, tuned lambda {recipe.TUNED['hard']:g}"]
-    fig.suptitle("\n".join(said), fontsize=10)
+    world = f"hard tool (1: as it is), {STEPS} steps, {style.seeds(lines)}"
+    said += [f"{world}, tuned lambda {recipe.TUNED['hard']:g}"]
+    fig.suptitle("\n".join(said), fontsize=9)
     style.legend(fig, axes.flat, 0.07, ncols=2)
     common.save(fig, EXPERIMENT)
     return {EXPERIMENT: table(lines)}

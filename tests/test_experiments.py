@@ -266,9 +266,10 @@ def test_a_gain_at_a_dose_is_over_the_grpo_of_that_world():
     assert doses.smaller(found)["linked", 0.5] == pytest.approx({11: -0.4, 12: -0.4})
     assert doses.smaller(found)["persist", 0.5] == pytest.approx({11: -0.19, 12: -0.18})
     assert not {("linked", 1.0), ("tells", 1), ("persist", 1.0)} & set(doses.smaller(found))
-    assert doses.boundary(lines, "linked", "echo") == "linked: ahead at 1 and behind at 0.5"
-    assert doses.boundary(lines, "tells", "echo") == "tells: ahead at 1"
-    assert doses.boundary([], "tells", "echo") == "tells: open everywhere"
+    said = "linked: ahead at 1, behind at 0.5, no data at 0, 0.25, 0.75"
+    assert doses.boundary(lines, "linked", "echo") == said
+    assert doses.boundary(lines, "tells", "echo") == "tells: ahead at 1, no data at 8, 4, 2"
+    assert doses.boundary([], "tells", "echo") == "tells: no data at 8, 4, 2, 1"
     for dose, (text, says) in doses.judged(found).items():
         assert (says == "no data") == (text == "–") == (not found[dose])
 

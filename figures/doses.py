@@ -85,19 +85,17 @@ def gains(lines: list[dict], name: str) -> dict[Dose, dict[int, float]]:
     for dial, (values, _) in DIALS.items():
         for value in values:
             both = [stats.of(lines, of_arm(dial, value, one), one) for one in ("grpo", name)]
-            grpo, mine = map(learning_curves.end, both)
-            found[dial, value] = {seed: mine[seed] - grpo[seed] for seed in mine if seed in grpo}
+            found[dial, value] = stats.difference(*map(learning_curves.end, both))
     return found
 
 
 def smaller(found: dict[Dose, dict[int, float]]) -> dict[Dose, dict[int, float]]:
     """What a dose's gain is above that of the world as it is, by seed."""
-    differences = {}
-    for (dial, value), own in found.items():
-        plain = found[dial, DIALS[dial][0][-1]]
-        if value != 1:
-            differences[dial, value] = {seed: own[seed] - plain[seed] for seed in own if seed in plain}
-    return differences
+    return {
+        (dial, value): stats.difference(found[dial, DIALS[dial][0][-1]], own)
+        for (dial, value), own in found.items()
+        if value != 1
+    }
 
 
 def halves(found: dict[Dose, dict[int, float]]) -> dict[Dose, float]:
@@ -132,14 +130,8 @@ def boundary(lines: list[dict], dial: str, name: str) -> str:
 
 def free_changes(lines: list[dict], key: str) -> dict[Dose, dict[int, float]]:
     """dose -> seed -> after the last step without a reward minus before the first."""
-    found = {}
-    for dial, (values, _) in DIALS.items():
-        for value in values:
-            mine = stats.of(lines, cell(dial, value), "free")
-            last = max((line["step"] for line in mine), default=0)
-            first, then = (stats.by_seed(mine, key, step=step) for step in (0, last))
-            found[dial, value] = {seed: then[seed] - first[seed] for seed in then if seed in first}
-    return found
+    every = [(dial, value) for dial, (values, _) in DIALS.items() for value in values]
+    return {dose: verifier_free.change(stats.of(lines, cell(*dose), "free"), key) for dose in every}
 
 
 # ---- picture and table ----

@@ -78,9 +78,13 @@ def p_text(p: float) -> str:
     return "–" if isnan(p) else "< .001" if p < 0.001 else f"{p:.3f}"
 
 
+def difference(a: dict[int, float], b: dict[int, float]) -> dict[int, float]:
+    """seed -> b - a, for the seeds that both have."""
+    return {seed: b[seed] - a[seed] for seed in a if seed in b}
+
+
 def paired(a: dict[int, float], b: dict[int, float]) -> list[float]:
-    """b - a for the seeds that both have."""
-    return [b[seed] - a[seed] for seed in a if seed in b]
+    return list(difference(a, b).values())
 
 
 def two_sided_p(t: float, freedom: int) -> float:

@@ -96,10 +96,10 @@ def start(arm: str, seed: int):
 # ---- picture and table ----
 
 
-def change(lines: list[dict], key: str = "pass_rate") -> list[float]:
-    """After the last step minus before the first, a number a seed."""
+def change(lines: list[dict], key: str = "pass_rate") -> dict[int, float]:
+    """seed -> after the last step minus before the first."""
     last = max((line["step"] for line in lines), default=0)
-    return stats.paired(*(stats.by_seed(lines, key, step=step) for step in (0, last)))
+    return stats.difference(*(stats.by_seed(lines, key, step=step) for step in (0, last)))
 
 
 def draw(lines: list[dict]) -> dict[str, str]:
@@ -110,7 +110,7 @@ def draw(lines: list[dict]) -> dict[str, str]:
             mine = stats.of(lines, family, name)
             style.curves(ax, mine, "pass_rate", style.COLOURS[name], label, top=1)
             if mine and name in ("echo", "base"):
-                said.append(f"{family} {label}: {stats.interval(change(mine))}")
+                said.append(f"{family} {label}: {stats.interval(list(change(mine).values()))}")
         if ceilings := [line["ceiling"] for line in stats.of(lines, family) if "ceiling" in line]:
             ax.axhline(fmean(ceilings), color="black", ls=":", label="who knows the lists alone")
         style.axes(ax, xlabel="step without a reward", ylim=(0, 1.02))
@@ -135,7 +135,7 @@ def table(lines: list[dict]) -> str:
             last = max(line["step"] for line in mine)
             cells = [list(stats.by_seed(mine, "pass_rate", step=step).values()) for step in (0, 20, last)]
             keys = "pass_rate", "pass_rate_trained", "p_valid", "ce_telling"
-            cells += [change(mine, key) for key in keys]
+            cells += [list(change(mine, key).values()) for key in keys]
             cells += [list(stats.by_seed(mine, "ceiling", step=last).values())]
             rows.append([family, label, *map(stats.interval, cells)])
     return tables.table(rows)

@@ -755,8 +755,9 @@ MUTATIONS = {
     ],
     "figures/doses.py": [
         ("GRPO of a dose", 'name != "grpo" or dial == "persist"', 'name != "grpo"', EXPERIMENT),
-        ("a gain", "mine[seed] - grpo[seed]", "mine[seed]", EXPERIMENT),
-        ("a smaller lead", "own[seed] - plain[seed]", "own[seed]", EXPERIMENT),
+        ("a gain", 'for one in ("grpo", name)]', 'for one in (name, "grpo")]', EXPERIMENT),
+        ("a smaller lead", "found[dial, DIALS[dial][0][-1]], own", "own, found[dial, DIALS[dial][0][-1]]",
+         EXPERIMENT),
         ("ahead", '"ahead" if mean > half', '"ahead" if mean > 0', EXPERIMENT),
         ("the world as it is, once", "cell(*dose): list(own", "dose: list(own", EXPERIMENT),
         ("the run that is lent", 'f"hard/{name}/{seed}": (', 'f"hard/grpo/{seed}": (', EXPERIMENT),

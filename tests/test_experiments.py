@@ -289,7 +289,7 @@ def test_the_spread_is_shared_and_the_world_as_it_is_counts_once():
 
 def test_verifier_free_changes_are_from_the_first_to_the_last_step():
     lines = run("linked/echo/1", 0, 20, 60, pass_rate=[0.1, 0.9, 0.4])
-    assert verifier_free.change(lines) == pytest.approx([0.3]) and verifier_free.change([]) == []
+    assert verifier_free.change(lines) == pytest.approx({1: 0.3}) and verifier_free.change([]) == {}
 
 
 # ---- linkage ----

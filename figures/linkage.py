@@ -13,7 +13,7 @@ prompt names what the output follows from. alignment: cosine of the two terms' g
 over the batches in which some group has passes and failures; none if there is no such batch. observed: what
 the copy that reads all gains in pass rate.
 
-foretold.py compares them with what came.
+foretold.py has their thresholds and compares them with what came.
 """
 
 from dataclasses import replace
